@@ -1,0 +1,28 @@
+"""Fused operators for multi-task networks whose tasks interact.
+
+Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``. Modules: ``btinet_kernels.nn``. Which backend serves
+what on this machine: ``backends()``.
+"""
+
+from btinet_kernels.backends import BackendError, backends, use_backend
+from btinet_kernels.interaction.op import (
+    InteractionResult,
+    fused_task_interaction,
+    fused_tim,
+    fused_upa,
+)
+from btinet_kernels.interaction.reference import GateWeights, InteractionWeights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "GateWeights",
+    "InteractionResult",
+    "InteractionWeights",
+    "backends",
+    "fused_task_interaction",
+    "fused_tim",
+    "fused_upa",
+    "use_backend",
+]

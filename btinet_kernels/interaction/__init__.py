@@ -1,0 +1,1 @@
+"""Task interaction (TIM), its per-image gate (UPA), and both in one."""

@@ -1,0 +1,321 @@
+"""Modules on top of the operators: the building blocks of BTI-Net, and drop-ins for other multi-task networks.
+
+Layouts: dense maps are ``[B, C, *spatial]``, vectors ``[B, K]``. Modules that hold convolutions take ``spatial_dims`` (1,
+2 or 3, default 2); those that only hold vectors work for any of them. New weights are drawn as Keras draws them
+(Glorot uniform, zero biases), because the official networks were trained from there.
+
+Source: arXiv 2606.29102 (BTI-Net) and 2603.01295 (its predecessor).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from btinet_kernels.interaction.op import InteractionResult, fused_task_interaction, fused_tim, fused_upa
+from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
+
+NORM_EPSILON = 1e-3  # Keras's BatchNormalization defaults; its momentum 0.99 is PyTorch's 0.01
+NORM_MOMENTUM = 0.01
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+class TaskInteractionModule(nn.Module):
+    """Bidirectional task interaction (TIM): ``(seg [B, C, *spatial], clf [B, K])`` → both, enhanced.
+
+    Args:
+        seg_channels: C.
+        clf_channels: K.
+        strength: τ; channels of seg are amplified by at most 1 + τ.
+        pool: how seg context is pooled: ``"gap"`` (the official code) or ``"softmax"`` (a learned logit per position,
+            the papers' words; it starts equal to ``"gap"``).
+    """
+
+    def __init__(self, seg_channels: int, clf_channels: int, strength: float = 0.7, pool: Pooling = "gap") -> None:
+        super().__init__()
+        if pool not in ("gap", "softmax"):
+            raise ValueError(f"pool must be 'gap' or 'softmax', got {pool!r}.")
+        width = max(1, seg_channels // 2)
+        self.strength = strength
+        self.context = nn.Linear(seg_channels, width)
+        self.pool_weight = nn.Parameter(torch.zeros(width)) if pool == "softmax" else None
+        self.dense = nn.Linear(width, clf_channels)
+        self.norm = nn.BatchNorm1d(clf_channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
+        self.clf_gate = nn.Linear(clf_channels, clf_channels)
+        self.seg_gate = nn.Linear(seg_channels, seg_channels)
+        self.clf_to_seg = nn.Linear(clf_channels, seg_channels)
+        initialise(self)
+
+    def weights(self) -> InteractionWeights:
+        """The parameters and buffers in the form the functions take."""
+        norm = self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        return InteractionWeights(
+            self.context.weight,
+            self.context.bias,
+            self.pool_weight,
+            self.dense.weight,
+            self.dense.bias,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            self.clf_gate.weight,
+            self.clf_gate.bias,
+            self.seg_gate.weight,
+            self.seg_gate.bias,
+            self.clf_to_seg.weight,
+            self.clf_to_seg.bias,
+        )
+
+    def forward(self, seg: Tensor, clf: Tensor) -> tuple[Tensor, Tensor]:
+        """``fused_tim``; in training mode it updates the running statistics of ``norm``."""
+        norm = self.norm
+        return fused_tim(
+            seg,
+            clf,
+            self.weights(),
+            strength=self.strength,
+            training=norm.training,
+            momentum=norm.momentum or 0.0,
+            eps=norm.eps,
+        )
+
+
+class UncertaintyProxyAttention(nn.Module):
+    """Per-image gate (UPA) between base and enhanced features of both streams.
+
+    Its inputs are statistics of activations, not estimates of uncertainty, in spite of the name the papers gave it.
+
+    Args:
+        seg_channels: C.
+        clf_channels: K.
+        signals: ``"proxies"``: alignment, seg energy and clf energy feed two sigmoids (BTI-Net); ``"variance"``: two
+            batch-relative variances feed a softmax (its predecessor).
+        projection: width of the space in which the two streams' changes are aligned.
+        hidden: width of the gate's network.
+    """
+
+    def __init__(
+        self,
+        seg_channels: int,
+        clf_channels: int,
+        signals: Signals = "proxies",
+        projection: int = 64,
+        hidden: int = 32,
+    ) -> None:
+        super().__init__()
+        if signals not in ("proxies", "variance"):
+            raise ValueError(f"signals must be 'proxies' or 'variance', got {signals!r}.")
+        self.signals: Signals = signals
+        proxies = signals == "proxies"
+        self.seg_projection = nn.Linear(seg_channels, projection, bias=False) if proxies else None
+        self.clf_projection = nn.Linear(clf_channels, projection, bias=False) if proxies else None
+        self.hidden = nn.Linear(3 if proxies else 2, hidden)
+        self.output = nn.Linear(hidden, 2)
+        initialise(self)
+
+    def weights(self) -> GateWeights:
+        """The parameters in the form the functions take."""
+        return GateWeights(
+            None if self.seg_projection is None else self.seg_projection.weight,
+            None if self.clf_projection is None else self.clf_projection.weight,
+            self.hidden.weight,
+            self.hidden.bias,
+            self.output.weight,
+            self.output.bias,
+        )
+
+    def forward(
+        self, seg_base: Tensor, seg_enhanced: Tensor, clf_base: Tensor, clf_enhanced: Tensor
+    ) -> InteractionResult:
+        """``fused_upa``: ``base + gate · (enhanced − base)`` for both streams, with gates and proxies."""
+        return fused_upa(
+            seg_base, seg_enhanced, clf_base, clf_enhanced, self.weights(), signals=self.signals
+        )
+
+
+class TaskInteractionLevel(nn.Module):
+    """One decoder level of BTI-Net: TIM and its gate, fused into two passes over ``seg``.
+
+    ``level(seg, clf)`` returns ``(seg, clf, gates, proxies)``. The submodules ``tim`` and ``upa`` are ordinary
+    ``TaskInteractionModule`` and ``UncertaintyProxyAttention``; arguments as there.
+    """
+
+    def __init__(
+        self,
+        seg_channels: int,
+        clf_channels: int,
+        strength: float = 0.7,
+        pool: Pooling = "gap",
+        signals: Signals = "proxies",
+    ) -> None:
+        super().__init__()
+        self.tim = TaskInteractionModule(seg_channels, clf_channels, strength, pool)
+        self.upa = UncertaintyProxyAttention(seg_channels, clf_channels, signals)
+
+    def forward(self, seg: Tensor, clf: Tensor) -> InteractionResult:
+        """``fused_task_interaction``; in training mode it updates the running statistics of ``tim.norm``."""
+        norm = self.tim.norm
+        return fused_task_interaction(
+            seg,
+            clf,
+            self.tim.weights(),
+            self.upa.weights(),
+            signals=self.upa.signals,
+            strength=self.tim.strength,
+            training=norm.training,
+            momentum=norm.momentum or 0.0,
+            eps=norm.eps,
+        )
+
+
+class SeparableConv(nn.Sequential):
+    """Depthwise convolution without bias, then a pointwise one with bias; the size is kept."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1, spatial_dims: int = 2
+    ) -> None:
+        convolution = _CONVOLUTIONS[spatial_dims]
+        padding = dilation * (kernel_size // 2)
+        super().__init__()
+        self.depthwise = convolution(
+            in_channels, in_channels, kernel_size, padding=padding, dilation=dilation, groups=in_channels, bias=False
+        )
+        self.pointwise = convolution(in_channels, out_channels, 1)
+
+
+class MultiScaleContextFusion(nn.Module):
+    """Three separable convolutions of dilation 1, 2 and 4, weighted per image and fused: ``[B, C, *spatial]`` → same.
+
+    Args:
+        channels: C.
+        reduction: the network that weighs the scales has C // reduction hidden units.
+        spatial_dims: 1, 2 or 3.
+
+    Source: arXiv 2603.01295, equations (9), (10), without the inner residual that only its README mentions.
+    """
+
+    def __init__(self, channels: int, reduction: int = 8, spatial_dims: int = 2) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(
+            SeparableConv(channels, channels, dilation=dilation, spatial_dims=spatial_dims) for dilation in (1, 2, 4)
+        )
+        hidden = max(1, channels // reduction)
+        self.scale_attention = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 3), nn.Softmax(1)
+        )
+        self.fusion = _CONVOLUTIONS[spatial_dims](channels, channels, 1)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fuse the scales of ``x``."""
+        weights = self.scale_attention(x.flatten(2).mean(2))
+        weighted = [scale(x) * _over_space(weights[:, i : i + 1], x) for i, scale in enumerate(self.scales)]
+        return self.fusion(weighted[0] + weighted[1] + weighted[2])
+
+
+class DualPathAttention(nn.Module):
+    """Channel gate times spatial gate: ``[B, C, *spatial]`` → same.
+
+    The spatial gate is a convolution of width 7 over the channels' maximum and mean.
+    """
+
+    def __init__(self, channels: int, spatial_dims: int = 2) -> None:
+        super().__init__()
+        hidden = max(8, channels // 16)
+        self.channel_path = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
+        )
+        self.spatial_path = _CONVOLUTIONS[spatial_dims](2, 1, 7, padding=3)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate ``x``."""
+        channel_gate = self.channel_path(x.flatten(2).mean(2))
+        summary = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)
+        return x * _over_space(channel_gate, x) * torch.sigmoid(self.spatial_path(summary))
+
+
+class ResidualBlock(nn.Module):
+    """Two separable convolutions, multi-scale fusion, optional attention, residual: ``[B, C_in, …]`` → ``[B, C, …]``.
+
+    Order as in the official code: SepConv, ReLU, BatchNorm, SepConv, BatchNorm, fusion, attention, + input, ReLU.
+
+    Args:
+        in_channels: channels of the input; the residual is projected when they differ from ``channels``.
+        channels: C.
+        attention: whether ``DualPathAttention`` follows the fusion.
+        spatial_dims: 1, 2 or 3.
+    """
+
+    def __init__(self, in_channels: int, channels: int, attention: bool = True, spatial_dims: int = 2) -> None:
+        super().__init__()
+        norm = _NORMS[spatial_dims]
+        self.conv1 = SeparableConv(in_channels, channels, spatial_dims=spatial_dims)
+        self.norm1 = norm(channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
+        self.conv2 = SeparableConv(channels, channels, spatial_dims=spatial_dims)
+        self.norm2 = norm(channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
+        self.multi_scale = MultiScaleContextFusion(channels, spatial_dims=spatial_dims)
+        self.attention = DualPathAttention(channels, spatial_dims) if attention else None
+        self.projection = _CONVOLUTIONS[spatial_dims](in_channels, channels, 1) if in_channels != channels else None
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        out = self.norm1(F.relu(self.conv1(x)))
+        out = self.multi_scale(self.norm2(self.conv2(out)))
+        if self.attention is not None:
+            out = self.attention(out)
+        return F.relu(out + (x if self.projection is None else self.projection(x)))
+
+
+class AttentionGate(nn.Module):
+    """Gate a skip connection by what the decoder asks for: ``(x [B, C_x, …], g [B, C_g, …])`` → ``x · gate``.
+
+    Args:
+        skip_channels: C_x.
+        gating_channels: C_g.
+        inter_channels: width of the space in which the two are compared.
+        spatial_dims: 1, 2 or 3.
+
+    ``g`` is resized linearly where its size differs from that of ``x``.
+    """
+
+    def __init__(self, skip_channels: int, gating_channels: int, inter_channels: int, spatial_dims: int = 2) -> None:
+        super().__init__()
+        convolution = _CONVOLUTIONS[spatial_dims]
+        self.skip_transform = convolution(skip_channels, inter_channels, 1)
+        self.gating_transform = convolution(gating_channels, inter_channels, 1)
+        self.context = nn.Sequential(
+            SeparableConv(inter_channels, inter_channels, dilation=1, spatial_dims=spatial_dims),
+            SeparableConv(inter_channels, inter_channels, dilation=2, spatial_dims=spatial_dims),
+            convolution(inter_channels, 1, 1),
+            nn.Sigmoid(),
+        )
+        initialise(self)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        """Gate ``x`` by ``g``."""
+        gating = self.gating_transform(g)
+        if gating.shape[2:] != x.shape[2:]:
+            gating = F.interpolate(gating, x.shape[2:], mode=_INTERPOLATION[x.ndim - 2], align_corners=False)
+        return x * self.context(F.relu(self.skip_transform(x) + gating))
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw every convolution and linear layer of ``module`` as Keras does: Glorot uniform, zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _over_space(vector: Tensor, dense: Tensor) -> Tensor:
+    return vector.reshape(*vector.shape, *[1] * (dense.ndim - 2))

@@ -1,0 +1,95 @@
+// The extension module btinet_kernels._cpu: pointers in, nothing of torch. Pointers travel as integers; 0 is null.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "cpu/interaction.h"
+
+namespace py = pybind11;
+using namespace btinet;
+
+namespace {
+
+// (address, [B, C, z, y, x] sizes, strides in elements)
+struct Dense {
+  uintptr_t address;
+  std::array<int64_t, 5> size;
+  std::array<int64_t, 5> stride;
+
+  template <class T>
+  View<T> as() const {
+    return {reinterpret_cast<T*>(address),
+            {size[0], size[1], {size[2], size[3], size[4]}},
+            stride[0],
+            stride[1],
+            {stride[2], stride[3], stride[4]}};
+  }
+};
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+Context<T> context_of(int64_t hidden, const std::array<uintptr_t, 3>& weights) {
+  return {hidden, at<const T>(weights[0]), at<const T>(weights[1]), at<const T>(weights[2])};
+}
+
+template <class T>
+void bind_passes(py::module_& module, const std::string& suffix) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  using Pointers3 = std::array<uintptr_t, 3>;
+  using Pointers4 = std::array<uintptr_t, 4>;
+  using Pointers5 = std::array<uintptr_t, 5>;
+
+  module.def(("statistics_" + suffix).c_str(),
+             [](const Dense& seg, int64_t hidden, const Pointers3& context, const Pointers5& out, int threads) {
+               statistics<T>(seg.as<const T>(), context_of<T>(hidden, context),
+                             {at<T>(out[0]), at<T>(out[1]), at<T>(out[2]), at<T>(out[3]), at<T>(out[4])}, threads);
+             },
+             Release());
+  module.def(("scale_channels_" + suffix).c_str(),
+             [](const Dense& seg, uintptr_t scale, const Dense& out, int threads) {
+               scale_channels<T>(seg.as<const T>(), at<const T>(scale), out.as<T>(), threads);
+             },
+             Release());
+  module.def(("interpolate_" + suffix).c_str(),
+             [](const Dense& base, const Dense& enhanced, uintptr_t weight, const Dense& out, int threads) {
+               interpolate<T>(base.as<const T>(), enhanced.as<const T>(), at<const T>(weight), out.as<T>(), threads);
+             },
+             Release());
+  module.def(("channel_dot_" + suffix).c_str(),
+             [](const Dense& grad, const Dense& seg, uintptr_t out, int threads) {
+               channel_dot<T>(grad.as<const T>(), seg.as<const T>(), at<T>(out), threads);
+             },
+             Release());
+  module.def(("statistics_backward_" + suffix).c_str(),
+             [](const Dense& seg, const Dense& grad, uintptr_t scale, int64_t hidden, const Pointers3& context,
+                const Pointers5& saved, const Pointers4& gradient, const Dense& out,
+                const Pointers3& context_gradient, int threads) {
+               statistics_backward<T>(
+                   seg.as<const T>(), grad.as<const T>(), at<const T>(scale), context_of<T>(hidden, context),
+                   {at<const T>(saved[0]), at<const T>(saved[1]), at<const T>(saved[2]), at<const T>(saved[3]),
+                    at<const T>(saved[4])},
+                   {at<const T>(gradient[0]), at<const T>(gradient[1]), at<const T>(gradient[2]),
+                    at<const T>(gradient[3])},
+                   out.as<T>(),
+                   {at<T>(context_gradient[0]), at<T>(context_gradient[1]), at<T>(context_gradient[2])}, threads);
+             },
+             Release());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  py::class_<Dense>(module, "Dense")
+      .def(py::init([](uintptr_t address, const std::array<int64_t, 5>& size,
+                       const std::array<int64_t, 5>& stride) { return Dense{address, size, stride}; }));
+  module.def("instruction_set", &instruction_set);
+  bind_passes<float>(module, "float32");
+  bind_passes<double>(module, "float64");
+}

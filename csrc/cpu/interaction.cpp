@@ -1,0 +1,85 @@
+// Chooses the instruction set at run time.
+#include "interaction.h"
+
+#include <cstring>
+
+namespace btinet {
+
+namespace avx512 {
+BTINET_DECLARE_INTERACTION_PASSES
+}
+namespace avx2 {
+BTINET_DECLARE_INTERACTION_PASSES
+}
+namespace portable {
+BTINET_DECLARE_INTERACTION_PASSES
+}
+
+const char* instruction_set() {
+#if defined(__x86_64__)
+  static const char* const name =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")
+          ? "avx512"
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2"
+                                                                        : "portable";
+  return name;
+#else
+  return "portable";
+#endif
+}
+
+#if defined(__x86_64__)
+#define BTINET_DISPATCH(call)                                            \
+  do {                                                                   \
+    if (std::strcmp(instruction_set(), "avx512") == 0) avx512::call;     \
+    else if (std::strcmp(instruction_set(), "avx2") == 0) avx2::call;    \
+    else portable::call;                                                 \
+  } while (0)
+#else
+#define BTINET_DISPATCH(call) portable::call
+#endif
+
+template <class T>
+void statistics(const View<const T>& seg, const Context<T>& context, const Statistics<T>& out, int threads) {
+  BTINET_DISPATCH(statistics(seg, context, out, threads));
+}
+
+template <class T>
+void scale_channels(const View<const T>& seg, const T* scale, const View<T>& out, int threads) {
+  BTINET_DISPATCH(scale_channels(seg, scale, out, threads));
+}
+
+template <class T>
+void interpolate(const View<const T>& base, const View<const T>& enhanced, const T* weight, const View<T>& out,
+                 int threads) {
+  BTINET_DISPATCH(interpolate(base, enhanced, weight, out, threads));
+}
+
+template <class T>
+void channel_dot(const View<const T>& grad, const View<const T>& seg, T* out, int threads) {
+  BTINET_DISPATCH(channel_dot(grad, seg, out, threads));
+}
+
+template <class T>
+void statistics_backward(const View<const T>& seg, const View<const T>& grad, const T* scale,
+                         const Context<T>& context, const Statistics<const T>& saved,
+                         const StatisticsGradient<T>& gradient, const View<T>& out,
+                         const ContextGradient<T>& context_gradient, int threads) {
+  BTINET_DISPATCH(
+      statistics_backward(seg, grad, scale, context, saved, gradient, out, context_gradient, threads));
+}
+
+#define BTINET_INSTANTIATE(T)                                                                                 \
+  template void statistics<T>(const View<const T>&, const Context<T>&, const Statistics<T>&, int);           \
+  template void scale_channels<T>(const View<const T>&, const T*, const View<T>&, int);                      \
+  template void interpolate<T>(const View<const T>&, const View<const T>&, const T*, const View<T>&, int);   \
+  template void channel_dot<T>(const View<const T>&, const View<const T>&, T*, int);                         \
+  template void statistics_backward<T>(const View<const T>&, const View<const T>&, const T*,                 \
+                                       const Context<T>&, const Statistics<const T>&,                        \
+                                       const StatisticsGradient<T>&, const View<T>&,                         \
+                                       const ContextGradient<T>&, int);
+BTINET_INSTANTIATE(float)
+BTINET_INSTANTIATE(double)
+
+}  // namespace btinet

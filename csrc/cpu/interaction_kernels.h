@@ -1,0 +1,578 @@
+// The passes, compiled once per instruction set: the including file sets the compiler target, BTINET_ISA (the
+// namespace), BTINET_VECTOR_BYTES and the register block BTINET_ROWS x BTINET_VECTORS of the small GEMM.
+// Every standard header comes before that target is set (interaction_prelude.h).
+
+namespace btinet {
+namespace BTINET_ISA {
+
+constexpr int kRows = BTINET_ROWS;
+constexpr int kVectors = BTINET_VECTORS;
+constexpr int64_t kTile = 48;  // positions a tile holds
+
+template <class T>
+struct Lanes {
+  static constexpr int64_t count = BTINET_VECTOR_BYTES / sizeof(T);
+  typedef T vector __attribute__((vector_size(BTINET_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+
+template <class T>
+int64_t padded(int64_t columns) {
+  return (columns + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
+}
+
+// out[r][j] += sum_k a[r * row_step + k * inner_step] * b[k][j] for R rows and V vectors of columns.
+template <class T, int R, int V>
+inline void multiply_block(const T* a, int64_t row_step, int64_t inner_step, const T* b, int64_t b_stride,
+                           int64_t inner, T* out, int64_t out_stride) {
+  using vector = typename Lanes<T>::vector;
+  constexpr int64_t lanes = Lanes<T>::count;
+  vector sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = *reinterpret_cast<const vector*>(out + r * out_stride + v * lanes);
+  for (int64_t k = 0; k < inner; ++k) {
+    vector column[V];
+    for (int v = 0; v < V; ++v) column[v] = *reinterpret_cast<const vector*>(b + k * b_stride + v * lanes);
+    for (int r = 0; r < R; ++r) {
+      const T factor = a[r * row_step + k * inner_step];
+      for (int v = 0; v < V; ++v) sum[r][v] += factor * column[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) *reinterpret_cast<vector*>(out + r * out_stride + v * lanes) = sum[r][v];
+}
+
+template <class T, int R>
+inline void multiply_rows(const T* a, int64_t row_step, int64_t inner_step, const T* b, int64_t b_stride,
+                          int64_t inner, int64_t columns, T* out, int64_t out_stride) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  int64_t j = 0;
+  for (; j + kVectors * lanes <= columns; j += kVectors * lanes)
+    multiply_block<T, R, kVectors>(a, row_step, inner_step, b + j, b_stride, inner, out + j, out_stride);
+  for (; j < columns; j += lanes)
+    multiply_block<T, R, 1>(a, row_step, inner_step, b + j, b_stride, inner, out + j, out_stride);
+}
+
+// out += A B, A read through two strides; `columns` is a whole number of vectors.
+template <class T>
+void multiply(const T* a, int64_t row_step, int64_t inner_step, const T* b, int64_t b_stride, int64_t rows,
+              int64_t inner, int64_t columns, T* out, int64_t out_stride) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    multiply_rows<T, kRows>(a + r * row_step, row_step, inner_step, b, b_stride, inner, columns,
+                            out + r * out_stride, out_stride);
+  for (; r < rows; ++r)
+    multiply_rows<T, 1>(a + r * row_step, row_step, inner_step, b, b_stride, inner, columns,
+                        out + r * out_stride, out_stride);
+}
+
+// Where each position of a view lies, and which positions have a successor along each axis.
+template <class T>
+class Positions {
+ public:
+  explicit Positions(const Shape& shape) {
+    step_[2] = 1;
+    step_[1] = shape.size[2];
+    step_[0] = shape.size[2] * shape.size[1];
+    const int64_t n = shape.positions();
+    for (int d = 0; d < 3; ++d) {
+      if (shape.size[d] < 2) continue;
+      has_next_[d].resize(n);
+      for (int64_t i = 0; i < n; ++i)
+        has_next_[d][i] = i / step_[d] % shape.size[d] + 1 < shape.size[d] ? T(1) : T(0);
+    }
+  }
+
+  bool axis(int d) const { return !has_next_[d].empty(); }
+  int64_t step(int d) const { return step_[d]; }
+  const T* has_next(int d) const { return has_next_[d].data(); }
+
+ private:
+  int64_t step_[3];
+  std::vector<T> has_next_[3];
+};
+
+template <class T>
+std::vector<int64_t> offsets_of(const View<T>& view) {
+  std::vector<int64_t> offsets(view.shape.positions());
+  for (size_t n = 0; n < offsets.size(); ++n) offsets[n] = view.offset(n);
+  return offsets;
+}
+
+// tile[r][c] = view[sample, c, begin + r]; columns beyond the channels are zero.
+template <class T>
+void load_tile(const View<const T>& view, const std::vector<int64_t>& offsets, int64_t sample, int64_t begin,
+               int64_t rows, T* tile, int64_t stride) {
+  const int64_t channels = view.shape.channels;
+  const T* base = view.data + sample * view.batch_stride;
+  if (view.channel_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* source = base + offsets[begin + r];
+      std::copy(source, source + channels, tile + r * stride);
+    }
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t r = 0; r < rows; ++r) tile[r * stride + c] = base[offsets[begin + r] + c * view.channel_stride];
+  }
+  for (int64_t r = 0; r < rows; ++r) std::fill(tile + r * stride + channels, tile + (r + 1) * stride, T(0));
+}
+
+template <class T>
+void store_tile(const View<T>& view, const std::vector<int64_t>& offsets, int64_t sample, int64_t begin,
+                int64_t rows, const T* tile, int64_t stride) {
+  const int64_t channels = view.shape.channels;
+  T* base = view.data + sample * view.batch_stride;
+  if (view.channel_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy(tile + r * stride, tile + r * stride + channels, base + offsets[begin + r]);
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t r = 0; r < rows; ++r) base[offsets[begin + r] + c * view.channel_stride] = tile[r * stride + c];
+  }
+}
+
+template <class T>
+T sign(T value) {
+  return T(value > T(0)) - T(value < T(0));
+}
+
+// Sum of |forward differences| of the range [begin, end) of one sample, over all axes and channels.
+template <class T>
+double edge_sum(const View<const T>& view, const std::vector<int64_t>& offsets, const Positions<T>& positions,
+                const Range& range) {
+  const T* base = view.data + range.sample * view.batch_stride;
+  const int64_t total_positions = view.shape.positions();
+  const bool dense = view.positions_lie_apart_by(1);
+  double total = 0;
+  for (int d = 0; d < 3; ++d) {
+    if (!positions.axis(d)) continue;
+    const int64_t step = positions.step(d);
+    const T* has_next = positions.has_next(d);
+    const int64_t end = std::min(range.end, total_positions - step);
+    if (view.channel_stride == 1) {
+      for (int64_t n = range.begin; n < end; ++n) {
+        if (has_next[n] == T(0)) continue;
+        const T* here = base + offsets[n];
+        const T* next = base + offsets[n + step];
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < view.shape.channels; ++c) sum += std::abs(next[c] - here[c]);
+        total += sum;
+      }
+    } else {
+      for (int64_t c = 0; c < view.shape.channels; ++c) {
+        const T* plane = base + c * view.channel_stride;
+        T sum = 0;
+        if (dense) {
+#pragma omp simd reduction(+ : sum)
+          for (int64_t n = range.begin; n < end; ++n) sum += has_next[n] * std::abs(plane[n + step] - plane[n]);
+        } else {
+          for (int64_t n = range.begin; n < end; ++n)
+            sum += has_next[n] * std::abs(plane[offsets[n + step]] - plane[offsets[n]]);
+        }
+        total += sum;
+      }
+    }
+  }
+  return total;
+}
+
+// tile[r][c] += factor * d(sum of |forward differences|) / d view[sample, c, begin + r]; sign(0) = 0.
+template <class T>
+void add_edge_gradient(const View<const T>& view, const std::vector<int64_t>& offsets,
+                       const Positions<T>& positions, int64_t sample, int64_t begin, int64_t rows, T factor,
+                       T* tile, int64_t stride) {
+  const T* base = view.data + sample * view.batch_stride;
+  const int64_t channels = view.shape.channels, channel_stride = view.channel_stride;
+  const bool dense = view.positions_lie_apart_by(1);
+  for (int d = 0; d < 3; ++d) {
+    if (!positions.axis(d)) continue;
+    const int64_t step = positions.step(d);
+    const T* has_next = positions.has_next(d);
+    if (channel_stride == 1) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t n = begin + r;
+        const T* here = base + offsets[n];
+        T* out = tile + r * stride;
+        if (has_next[n] != T(0)) {
+          const T* next = base + offsets[n + step];
+          for (int64_t c = 0; c < channels; ++c) out[c] -= factor * sign(next[c] - here[c]);
+        }
+        if (n >= step && has_next[n - step] != T(0)) {
+          const T* previous = base + offsets[n - step];
+          for (int64_t c = 0; c < channels; ++c) out[c] += factor * sign(here[c] - previous[c]);
+        }
+      }
+    } else {
+      // Without branches, so that the loops over positions vectorise when those lie side by side in memory.
+      const int64_t with_next = std::min(rows, view.shape.positions() - step - begin);
+      const int64_t with_previous = std::max<int64_t>(0, step - begin);
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* plane = base + c * channel_stride;
+        T slope[kTile] = {};
+        if (dense) {
+          const T* here = plane + begin;
+          const T* link = has_next + begin;
+          for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(here[r + step] - here[r]);
+          for (int64_t r = with_previous; r < rows; ++r)
+            slope[r] += link[r - step] * sign(here[r] - here[r - step]);
+        } else {
+          const int64_t* at = offsets.data() + begin;
+          const T* link = has_next + begin;
+          for (int64_t r = 0; r < with_next; ++r)
+            slope[r] -= link[r] * sign(plane[at[r + step]] - plane[at[r]]);
+          for (int64_t r = with_previous; r < rows; ++r)
+            slope[r] += link[r - step] * sign(plane[at[r]] - plane[at[r - step]]);
+        }
+        for (int64_t r = 0; r < rows; ++r) tile[r * stride + c] += factor * slope[r];
+      }
+    }
+  }
+}
+
+// Sum of exp(logit - top) * values over a range of positions, kept stable by the largest logit seen so far.
+struct SoftmaxSum {
+  double top = -std::numeric_limits<double>::infinity();
+  double weight = 0;
+
+  // Returns the factor by which everything summed so far shrinks.
+  double raise(double candidate) {
+    if (candidate <= top) return 1;
+    const double factor = std::exp(top - candidate);
+    top = candidate;
+    weight *= factor;
+    return factor;
+  }
+};
+
+// hidden[r][j] = ReLU(sum_c tile[r][c] * weight_by_channel[c][j] + bias[j]), zero in the padding.
+template <class T>
+void context_tile(const T* tile, int64_t tile_stride, const std::vector<T>& weight_by_channel, const T* bias,
+                  int64_t rows, int64_t channels, int64_t hidden, int64_t hidden_stride, T* out) {
+  std::fill(out, out + rows * hidden_stride, T(0));
+  for (int64_t r = 0; r < rows; ++r) std::copy(bias, bias + hidden, out + r * hidden_stride);
+  multiply(tile, tile_stride, int64_t(1), weight_by_channel.data(), hidden_stride, rows, channels, hidden_stride,
+           out, hidden_stride);
+  for (int64_t i = 0; i < rows * hidden_stride; ++i) out[i] = std::max(out[i], T(0));
+}
+
+template <class T>
+std::vector<T> transposed(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
+  std::vector<T> result(columns * stride, T(0));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) result[c * stride + r] = matrix[r * columns + c];
+  return result;
+}
+
+template <class T>
+void statistics(const View<const T>& seg, const Context<T>& context, const Statistics<T>& out, int threads) {
+  const int64_t channels = seg.shape.channels, hidden = context.hidden, count = seg.shape.positions();
+  const int64_t channel_stride = padded<T>(channels), hidden_stride = padded<T>(hidden);
+  const Partition partition(seg.shape, kTile);
+  const Positions<T> positions(seg.shape);
+  const std::vector<int64_t> offsets = offsets_of(seg);
+  const std::vector<T> weight =
+      hidden ? transposed(context.weight, hidden, channels, hidden_stride) : std::vector<T>();
+
+  const int64_t ranges = partition.ranges();
+  std::vector<double> sums(ranges * channels), squares(out.variance ? ranges * channels : 0);
+  std::vector<double> edges(ranges), pooled(ranges * hidden);
+  std::vector<SoftmaxSum> softmax(ranges);
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t index = 0; index < ranges; ++index) {
+    const Range range = partition.range(index);
+    std::vector<T> tile(kTile * channel_stride), activations(kTile * hidden_stride), shift(channels);
+    std::vector<T> tile_sum(channels), tile_square(channels), tile_pooled(hidden), position_weight(kTile);
+    // Sums of differences from the sample's first position: no cancellation when the mean is far from zero.
+    load_tile(seg, offsets, range.sample, 0, 1, tile.data(), channel_stride);
+    std::copy(tile.begin(), tile.begin() + channels, shift.begin());
+
+    for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
+      const int64_t rows = std::min(kTile, range.end - begin);
+      load_tile(seg, offsets, range.sample, begin, rows, tile.data(), channel_stride);
+      std::fill(tile_sum.begin(), tile_sum.end(), T(0));
+      std::fill(tile_square.begin(), tile_square.end(), T(0));
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* row = tile.data() + r * channel_stride;
+        for (int64_t c = 0; c < channels; ++c) {
+          const T difference = row[c] - shift[c];
+          tile_sum[c] += difference;
+          tile_square[c] += difference * difference;
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) sums[index * channels + c] += tile_sum[c];
+      if (out.variance)
+        for (int64_t c = 0; c < channels; ++c) squares[index * channels + c] += tile_square[c];
+      if (!hidden) continue;
+
+      context_tile(tile.data(), channel_stride, weight, context.bias, rows, channels, hidden, hidden_stride,
+                   activations.data());
+      std::fill(position_weight.begin(), position_weight.end(), T(1));
+      double* range_pooled = pooled.data() + index * hidden;
+      if (context.pool_weight) {
+        T top = -std::numeric_limits<T>::infinity();
+        for (int64_t r = 0; r < rows; ++r) {
+          T logit = 0;
+          for (int64_t j = 0; j < hidden; ++j)
+            logit += context.pool_weight[j] * activations[r * hidden_stride + j];
+          position_weight[r] = logit;
+          top = std::max(top, logit);
+        }
+        const double shrink = softmax[index].raise(top);
+        for (int64_t j = 0; j < hidden; ++j) range_pooled[j] *= shrink;
+        for (int64_t r = 0; r < rows; ++r) {
+          position_weight[r] = T(std::exp(position_weight[r] - softmax[index].top));
+          softmax[index].weight += position_weight[r];
+        }
+      }
+      std::fill(tile_pooled.begin(), tile_pooled.end(), T(0));
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < hidden; ++j)
+          tile_pooled[j] += position_weight[r] * activations[r * hidden_stride + j];
+      for (int64_t j = 0; j < hidden; ++j) range_pooled[j] += tile_pooled[j];
+    }
+    if (out.edges) edges[index] = edge_sum(seg, offsets, positions, range);
+  }
+
+  for (int64_t b = 0; b < seg.shape.batch; ++b) {
+    const int64_t first = b * partition.per_sample(), last = first + partition.per_sample();
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0, square = 0;
+      for (int64_t i = first; i < last; ++i) {
+        sum += sums[i * channels + c];
+        if (out.variance) square += squares[i * channels + c];
+      }
+      const T origin = seg.data[b * seg.batch_stride + c * seg.channel_stride];
+      const double shifted_mean = sum / count;
+      out.mean[b * channels + c] = T(origin + shifted_mean);
+      if (out.variance)
+        out.variance[b * channels + c] = T(std::max(0.0, square / count - shifted_mean * shifted_mean));
+    }
+    if (out.edges) {
+      double sum = 0;
+      for (int64_t i = first; i < last; ++i) sum += edges[i];
+      out.edges[b] = T(sum / (double(channels) * count));
+    }
+    if (!hidden) continue;
+    SoftmaxSum all;
+    if (context.pool_weight) {
+      for (int64_t i = first; i < last; ++i) all.raise(softmax[i].top);
+      for (int64_t i = first; i < last; ++i) all.weight += softmax[i].weight * std::exp(softmax[i].top - all.top);
+      out.log_sum_exp[b] = T(all.top + std::log(all.weight));
+    }
+    for (int64_t j = 0; j < hidden; ++j) {
+      double sum = 0;
+      for (int64_t i = first; i < last; ++i)
+        sum += pooled[i * hidden + j] * (context.pool_weight ? std::exp(softmax[i].top - all.top) : 1.0);
+      out.pooled[b * hidden + j] = T(sum / (context.pool_weight ? all.weight : double(count)));
+    }
+  }
+}
+
+// Calls element(c, offset in first, offset in second, offset in out) with the innermost loop along memory.
+template <class A, class B, class O, class F>
+void for_each_element(const View<A>& first, const View<B>& second, const View<O>& out,
+                      const std::vector<int64_t> (&offsets)[3], const Range& range, const F& element) {
+  const int64_t channels = first.shape.channels;
+  if (first.channel_stride == 1 && second.channel_stride == 1 && out.channel_stride == 1) {
+    for (int64_t n = range.begin; n < range.end; ++n) {
+      const int64_t i = offsets[0][n], j = offsets[1][n], k = offsets[2][n];
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) element(c, i + c, j + c, k + c);
+    }
+  } else if (first.positions_lie_apart_by(1) && second.positions_lie_apart_by(1) &&
+             out.positions_lie_apart_by(1)) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = c * first.channel_stride, j = c * second.channel_stride, k = c * out.channel_stride;
+#pragma omp simd
+      for (int64_t n = range.begin; n < range.end; ++n) element(c, i + n, j + n, k + n);
+    }
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t n = range.begin; n < range.end; ++n)
+        element(c, offsets[0][n] + c * first.channel_stride, offsets[1][n] + c * second.channel_stride,
+                offsets[2][n] + c * out.channel_stride);
+  }
+}
+
+template <class T>
+void scale_channels(const View<const T>& seg, const T* scale, const View<T>& out, int threads) {
+  const Partition partition(seg.shape, kTile);
+  const std::vector<int64_t> offsets[3] = {offsets_of(seg), offsets_of(seg), offsets_of(out)};
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t index = 0; index < partition.ranges(); ++index) {
+    const Range range = partition.range(index);
+    const T* source = seg.data + range.sample * seg.batch_stride;
+    const T* factor = scale + range.sample * seg.shape.channels;
+    T* target = out.data + range.sample * out.batch_stride;
+    for_each_element(seg, seg, out, offsets, range, [=](int64_t c, int64_t i, int64_t, int64_t k) {
+      target[k] = source[i] * factor[c];
+    });
+  }
+}
+
+template <class T>
+void interpolate(const View<const T>& base, const View<const T>& enhanced, const T* weight, const View<T>& out,
+                 int threads) {
+  const Partition partition(base.shape, kTile);
+  const std::vector<int64_t> offsets[3] = {offsets_of(base), offsets_of(enhanced), offsets_of(out)};
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t index = 0; index < partition.ranges(); ++index) {
+    const Range range = partition.range(index);
+    const T* from = base.data + range.sample * base.batch_stride;
+    const T* to = enhanced.data + range.sample * enhanced.batch_stride;
+    T* target = out.data + range.sample * out.batch_stride;
+    const T share = weight[range.sample];
+    for_each_element(base, enhanced, out, offsets, range, [=](int64_t, int64_t i, int64_t j, int64_t k) {
+      target[k] = from[i] + share * (to[j] - from[i]);
+    });
+  }
+}
+
+template <class T>
+void channel_dot(const View<const T>& grad, const View<const T>& seg, T* out, int threads) {
+  const int64_t channels = seg.shape.channels, stride = padded<T>(channels);
+  const Partition partition(seg.shape, kTile);
+  const std::vector<int64_t> grad_offsets = offsets_of(grad), seg_offsets = offsets_of(seg);
+  std::vector<double> sums(partition.ranges() * channels);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t index = 0; index < partition.ranges(); ++index) {
+    const Range range = partition.range(index);
+    std::vector<T> left(kTile * stride), right(kTile * stride), tile_sum(channels);
+    for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
+      const int64_t rows = std::min(kTile, range.end - begin);
+      load_tile(grad, grad_offsets, range.sample, begin, rows, left.data(), stride);
+      load_tile(seg, seg_offsets, range.sample, begin, rows, right.data(), stride);
+      std::fill(tile_sum.begin(), tile_sum.end(), T(0));
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < channels; ++c) tile_sum[c] += left[r * stride + c] * right[r * stride + c];
+      for (int64_t c = 0; c < channels; ++c) sums[index * channels + c] += tile_sum[c];
+    }
+  }
+  for (int64_t b = 0; b < seg.shape.batch; ++b)
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0;
+      for (int64_t i = 0; i < partition.per_sample(); ++i)
+        sum += sums[(b * partition.per_sample() + i) * channels + c];
+      out[b * channels + c] = T(sum);
+    }
+}
+
+template <class T>
+void statistics_backward(const View<const T>& seg, const View<const T>& grad, const T* scale,
+                         const Context<T>& context, const Statistics<const T>& saved,
+                         const StatisticsGradient<T>& gradient, const View<T>& out,
+                         const ContextGradient<T>& context_gradient, int threads) {
+  const int64_t channels = seg.shape.channels, hidden = context.hidden, count = seg.shape.positions();
+  const int64_t stride = padded<T>(channels), hidden_stride = padded<T>(hidden);
+  const Partition partition(seg.shape, kTile);
+  const Positions<T> positions(seg.shape);
+  const std::vector<int64_t> seg_offsets = offsets_of(seg), grad_offsets = offsets_of(grad);
+  const std::vector<int64_t> out_offsets = offsets_of(out);
+  std::vector<T> weight_by_channel, weight_rows;
+  if (hidden) {
+    weight_by_channel = transposed(context.weight, hidden, channels, hidden_stride);
+    weight_rows.assign(hidden * stride, T(0));
+    for (int64_t j = 0; j < hidden; ++j)
+      std::copy(context.weight + j * channels, context.weight + (j + 1) * channels, &weight_rows[j * stride]);
+  }
+  const int64_t groups = partition.groups();
+  std::vector<T> weight_sum(groups * hidden * stride);
+  std::vector<double> bias_sum(groups * hidden), pool_sum(context.pool_weight ? groups * hidden : 0);
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t group = 0; group < groups; ++group) {
+    std::vector<T> tile(kTile * stride), result(kTile * stride), upstream(kTile * stride);
+    std::vector<T> activations(kTile * hidden_stride), tile_bias(hidden);
+    for (int64_t index = partition.group_begin(group); index < partition.group_end(group); ++index) {
+      const Range range = partition.range(index);
+      const int64_t b = range.sample;
+      const T* pooled_gradient = hidden ? gradient.pooled + b * hidden : nullptr;
+      T pooled_dot = 0;  // dp . p, the softmax's share of the gradient of every logit
+      if (hidden && context.pool_weight)
+        for (int64_t j = 0; j < hidden; ++j) pooled_dot += pooled_gradient[j] * saved.pooled[b * hidden + j];
+
+      for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
+        const int64_t rows = std::min(kTile, range.end - begin);
+        load_tile(seg, seg_offsets, b, begin, rows, tile.data(), stride);
+        load_tile(grad, grad_offsets, b, begin, rows, upstream.data(), stride);
+        for (int64_t r = 0; r < rows; ++r) {
+          T* row = result.data() + r * stride;
+          const T *up = upstream.data() + r * stride, *value = tile.data() + r * stride;
+          for (int64_t c = 0; c < channels; ++c) {
+            const int64_t v = b * channels + c;
+            T sum = up[c] * scale[v] + gradient.mean[v] / T(count);
+            if (gradient.variance) sum += T(2) * gradient.variance[v] * (value[c] - saved.mean[v]) / T(count);
+            row[c] = sum;
+          }
+          std::fill(row + channels, row + stride, T(0));
+        }
+        if (gradient.edges)
+          add_edge_gradient(seg, seg_offsets, positions, b, begin, rows,
+                            gradient.edges[b] / (T(channels) * T(count)), result.data(), stride);
+        if (hidden) {
+          context_tile(tile.data(), stride, weight_by_channel, context.bias, rows, channels, hidden,
+                       hidden_stride, activations.data());
+          std::fill(tile_bias.begin(), tile_bias.end(), T(0));
+          for (int64_t r = 0; r < rows; ++r) {
+            T* active = activations.data() + r * hidden_stride;
+            T share = T(1) / T(count), logit_gradient = 0;
+            if (context.pool_weight) {
+              T logit = 0, dot = 0;
+              for (int64_t j = 0; j < hidden; ++j) {
+                logit += context.pool_weight[j] * active[j];
+                dot += pooled_gradient[j] * active[j];
+              }
+              share = std::exp(logit - saved.log_sum_exp[b]);
+              logit_gradient = share * (dot - pooled_dot);
+              for (int64_t j = 0; j < hidden; ++j) pool_sum[group * hidden + j] += logit_gradient * active[j];
+            }
+            for (int64_t j = 0; j < hidden; ++j) {
+              T value = share * pooled_gradient[j];
+              if (context.pool_weight) value += logit_gradient * context.pool_weight[j];
+              active[j] = active[j] > T(0) ? value : T(0);
+              tile_bias[j] += active[j];
+            }
+          }
+          for (int64_t j = 0; j < hidden; ++j) bias_sum[group * hidden + j] += tile_bias[j];
+          multiply(activations.data(), hidden_stride, int64_t(1), weight_rows.data(), stride, rows, hidden, stride,
+                   result.data(), stride);
+          multiply(activations.data(), int64_t(1), hidden_stride, tile.data(), stride, hidden, rows, stride,
+                   weight_sum.data() + group * hidden * stride, stride);
+        }
+        store_tile(out, out_offsets, b, begin, rows, result.data(), stride);
+      }
+    }
+  }
+
+  for (int64_t j = 0; j < hidden; ++j) {
+    double bias = 0, pool = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      bias += bias_sum[group * hidden + j];
+      if (context.pool_weight) pool += pool_sum[group * hidden + j];
+    }
+    context_gradient.bias[j] = T(bias);
+    if (context.pool_weight) context_gradient.pool_weight[j] = T(pool);
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0;
+      for (int64_t group = 0; group < groups; ++group) sum += weight_sum[(group * hidden + j) * stride + c];
+      context_gradient.weight[j * channels + c] = T(sum);
+    }
+  }
+}
+
+#define BTINET_INSTANTIATE(T)                                                                                 \
+  template void statistics<T>(const View<const T>&, const Context<T>&, const Statistics<T>&, int);           \
+  template void scale_channels<T>(const View<const T>&, const T*, const View<T>&, int);                      \
+  template void interpolate<T>(const View<const T>&, const View<const T>&, const T*, const View<T>&, int);   \
+  template void channel_dot<T>(const View<const T>&, const View<const T>&, T*, int);                         \
+  template void statistics_backward<T>(const View<const T>&, const View<const T>&, const T*,                 \
+                                       const Context<T>&, const Statistics<const T>&,                        \
+                                       const StatisticsGradient<T>&, const View<T>&,                         \
+                                       const ContextGradient<T>&, int);
+BTINET_INSTANTIATE(float)
+BTINET_INSTANTIATE(double)
+#undef BTINET_INSTANTIATE
+
+}  // namespace BTINET_ISA
+}  // namespace btinet
