@@ -27,9 +27,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
         temporary = Path(name)
-        os.fchmod(handle, 0o666 & ~_umask())
         os.close(handle)
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp and some savers make files only their owner can read
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"{target}: could not be written ({error.strerror or error}).") from error

@@ -1,7 +1,7 @@
 """Fused operators for multi-task networks whose tasks interact.
 
-Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``. Modules: ``btinet_kernels.nn``. Which backend serves
-what on this machine: ``backends()``.
+Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``. Modules: ``btinet_kernels.nn``. Which backend
+serves what on this machine: ``backends()``.
 """
 
 from btinet_kernels.backends import BackendError, backends, use_backend

@@ -6,19 +6,28 @@ can; ``auto`` takes the fastest of those. Asking for a backend by name that cann
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
+import torch  # before the extension, which then shares its OpenMP thread pool
 from torch import Tensor
+
+# Read once: constants of the process, which a compiler can rely on.
+native_module: Any = None
+_native_failure: str | None = None
+try:
+    native_module = importlib.import_module("btinet_kernels._cpu")
+except ImportError as error:
+    _native_failure = f"the compiled part is missing ({error}); install with `pip install .` and a C++17 compiler."
 
 OPERATORS = ("fused_tim", "fused_upa", "fused_task_interaction")
 BACKENDS = ("native", "reference")  # fastest first
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
+_environment_request = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
 
@@ -43,9 +52,7 @@ def backends(*, verbose: bool = True) -> dict[str, dict[str, str]]:
         missing = native_missing()
         report[operator] = {
             "native": missing or f"serves CPU tensors of float32 and float64 ({instruction_set()})",
-            "reference": "serves every other device and dtype"
-            if missing is None
-            else "serves every device and dtype",
+            "reference": "serves every other device and dtype" if missing is None else "serves every device and dtype",
         }
         if request != "auto":
             for backend in BACKENDS:
@@ -62,7 +69,7 @@ def backends(*, verbose: bool = True) -> dict[str, dict[str, str]]:
 
 def instruction_set() -> str:
     """The instruction set the native kernels use on this machine: ``avx512``, ``avx2`` or ``portable``."""
-    return str(native_module().instruction_set())
+    return str(native_module.instruction_set())
 
 
 @contextmanager
@@ -89,9 +96,8 @@ def requested_backend() -> str:
     """``use_backend``'s choice, else ``BTINET_BACKEND``, else ``auto``."""
     if _requested is not None:
         return _requested
-    name = _environment_request()
-    _check_name(name, ENVIRONMENT_VARIABLE)
-    return name
+    _check_name(_environment_request, ENVIRONMENT_VARIABLE)
+    return _environment_request
 
 
 def choose(operator: str, *dense: Tensor) -> str:
@@ -125,34 +131,9 @@ def native_unsuitable(*dense: Tensor) -> str | None:
     return None
 
 
-@functools.cache
-def native_module():  # type: ignore[no-untyped-def]
-    """The compiled extension; raises ImportError when it was not built."""
-    # torch must come first: the extension then shares its OpenMP thread pool.
-    return importlib.import_module("btinet_kernels._cpu")
-
-
-# Both are constants of the process; said so, a compiler does not try to look inside.
-
-
-@torch.compiler.assume_constant_result
 def native_missing() -> str | None:
     """Why the compiled extension cannot be used here, or None."""
-    return _import_failure()
-
-
-@torch.compiler.assume_constant_result
-def _environment_request() -> str:
-    return os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-
-
-@functools.cache
-def _import_failure() -> str | None:
-    try:
-        native_module()
-    except ImportError as error:
-        return f"the compiled part is missing ({error}); install with `pip install .` and a C++17 compiler."
-    return None
+    return _native_failure
 
 
 def _check_name(name: str, origin: str) -> None:

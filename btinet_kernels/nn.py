@@ -1,7 +1,7 @@
 """Modules on top of the operators: the building blocks of BTI-Net, and drop-ins for other multi-task networks.
 
-Layouts: dense maps are ``[B, C, *spatial]``, vectors ``[B, K]``. Modules that hold convolutions take ``spatial_dims`` (1,
-2 or 3, default 2); those that only hold vectors work for any of them. New weights are drawn as Keras draws them
+Layouts: dense maps are ``[B, C, *spatial]``, vectors ``[B, K]``. Modules that hold convolutions take ``spatial_dims``
+(1, 2 or 3, default 2); those that only hold vectors work for any of them. New weights are drawn as Keras draws them
 (Glorot uniform, zero biases), because the official networks were trained from there.
 
 Source: arXiv 2606.29102 (BTI-Net) and 2603.01295 (its predecessor).
@@ -135,9 +135,7 @@ class UncertaintyProxyAttention(nn.Module):
         self, seg_base: Tensor, seg_enhanced: Tensor, clf_base: Tensor, clf_enhanced: Tensor
     ) -> InteractionResult:
         """``fused_upa``: ``base + gate · (enhanced − base)`` for both streams, with gates and proxies."""
-        return fused_upa(
-            seg_base, seg_enhanced, clf_base, clf_enhanced, self.weights(), signals=self.signals
-        )
+        return fused_upa(seg_base, seg_enhanced, clf_base, clf_enhanced, self.weights(), signals=self.signals)
 
 
 class TaskInteractionLevel(nn.Module):
@@ -179,13 +177,24 @@ class SeparableConv(nn.Sequential):
     """Depthwise convolution without bias, then a pointwise one with bias; the size is kept."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, dilation: int = 1, spatial_dims: int = 2
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        dilation: int = 1,
+        spatial_dims: int = 2,
     ) -> None:
         convolution = _CONVOLUTIONS[spatial_dims]
         padding = dilation * (kernel_size // 2)
         super().__init__()
         self.depthwise = convolution(
-            in_channels, in_channels, kernel_size, padding=padding, dilation=dilation, groups=in_channels, bias=False
+            in_channels,
+            in_channels,
+            kernel_size,
+            padding=padding,
+            dilation=dilation,
+            groups=in_channels,
+            bias=False,
         )
         self.pointwise = convolution(in_channels, out_channels, 1)
 

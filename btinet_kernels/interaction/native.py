@@ -57,7 +57,7 @@ def channel_dot(grad: Tensor, seg: Tensor) -> Tensor:
 def statistics_backward(
     seg: Tensor, grad: Tensor, scale: Tensor, context: Context | None, saved: Statistics, gradient: Statistics
 ) -> tuple[Tensor, list[Tensor]]:
-    """``grad · scale`` plus the gradient through ``statistics``: (gradient of seg, gradients of the context's weights)."""
+    """``grad · scale`` plus the gradient through ``statistics``: gradient of seg, gradients of the context."""
     out = torch.empty_like(seg)
     weights = [] if context is None else [w for w in context if w is not None]
     gradients = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
@@ -105,7 +105,7 @@ def _dense(tensor: Tensor) -> Any:
     """``[B, C, *spatial]`` as five sizes and strides; missing spatial axes come first, with size 1."""
     missing = 5 - tensor.ndim
     size, stride = list(tensor.shape), list(tensor.stride())
-    return native_module().Dense(
+    return native_module.Dense(
         tensor.data_ptr(),
         size[:2] + [1] * missing + size[2:],
         stride[:2] + [0] * missing + stride[2:],
@@ -113,5 +113,5 @@ def _dense(tensor: Tensor) -> Any:
 
 
 def _call(name: str, seg: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native_module(), f"{name}_{str(seg.dtype).removeprefix('torch.')}")
+    kernel = getattr(native_module, f"{name}_{str(seg.dtype).removeprefix('torch.')}")
     kernel(*arguments, torch.get_num_threads())

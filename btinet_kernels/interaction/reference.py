@@ -140,7 +140,13 @@ def over_space(vector: Tensor, dense: Tensor) -> Tensor:
 
 
 def enhance(
-    stats: Statistics, clf: Tensor, weights: InteractionWeights, *, strength: float, training: bool, eps: float
+    stats: Statistics,
+    clf: Tensor,
+    weights: InteractionWeights,
+    *,
+    strength: float,
+    training: bool,
+    eps: float,
 ) -> Enhanced:
     """TIM's vector mathematics: equations (1)-(4) of 2603.01295, from the statistics of ``seg``."""
     hidden = F.relu(F.linear(stats.pooled, weights.dense_weight, weights.dense_bias))
@@ -155,12 +161,10 @@ def enhance(
     return Enhanced(1 + strength * seg_gate * clf_context, clf + clf_gate * context, batch_mean, batch_var)
 
 
-def proxy_gates(
-    seg_residual: Tensor, edges: Tensor, clf: Tensor, clf_enhanced: Tensor, weights: GateWeights
-) -> Gates:
+def proxy_gates(seg_residual: Tensor, edges: Tensor, clf: Tensor, clf_enhanced: Tensor, weights: GateWeights) -> Gates:
     """BTI-Net's gate: two sigmoids of (alignment, seg energy, clf energy).
 
-    ``seg_residual``: mean over the positions of enhanced − base, ``[B, C]``; ``edges``: edge energy of the base, ``[B]``.
+    ``seg_residual``: mean over the positions of enhanced − base, ``[B, C]``; ``edges``: of the base, ``[B]``.
     """
     assert weights.seg_projection is not None
     assert weights.clf_projection is not None
@@ -183,9 +187,7 @@ def variance_gates(seg_variance: Tensor, clf_enhanced: Tensor, weights: GateWeig
     return Gates(torch.softmax(_gate_network(proxies, weights), 1), proxies)
 
 
-def gate_of_level(
-    stats: Statistics, enhanced: Enhanced, clf: Tensor, weights: GateWeights, signals: Signals
-) -> Gates:
+def gate_of_level(stats: Statistics, enhanced: Enhanced, clf: Tensor, weights: GateWeights, signals: Signals) -> Gates:
     """The gate between a level and its own enhancement, where seg enhanced = seg · μ needs no second tensor."""
     if signals == "proxies":
         residual = (enhanced.modulation - 1) * stats.mean

@@ -1,6 +1,7 @@
 // Chooses the instruction set at run time.
 #include "interaction.h"
 
+#include <cstdlib>
 #include <cstring>
 
 namespace btinet {
@@ -15,18 +16,27 @@ namespace portable {
 BTINET_DECLARE_INTERACTION_PASSES
 }
 
-const char* instruction_set() {
+namespace {
+
+const char* best_instruction_set() {
 #if defined(__x86_64__)
-  static const char* const name =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")
-          ? "avx512"
-      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2"
-                                                                        : "portable";
-  return name;
-#else
-  return "portable";
+  // BTINET_INSTRUCTION_SET=avx2 or =portable asks for less than the machine has, to test or to compare.
+  const char* wanted = std::getenv("BTINET_INSTRUCTION_SET");
+  const bool portable = wanted && std::strcmp(wanted, "portable") == 0;
+  const bool at_most_avx2 = wanted && std::strcmp(wanted, "avx2") == 0;
+  if (!portable && !at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    return "avx512";
+  if (!portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
 #endif
+  return "portable";
+}
+
+}  // namespace
+
+const char* instruction_set() {
+  static const char* const name = best_instruction_set();
+  return name;
 }
 
 #if defined(__x86_64__)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from btinet_kernels import backends, use_backend
 from btinet_kernels import nn as kernels_nn
 
-# The largest error relative to the largest magnitude of the tensor. float32 sums of a few hundred terms, done in another
-# order than TensorFlow's, differ by about 1e-6.
+# The largest error relative to the largest magnitude of the tensor. float32 sums of a few hundred terms, done in
+# another order than TensorFlow's, differ by about 1e-6.
 TOLERANCE = 1e-5
 
 
@@ -29,7 +29,7 @@ class Official:
         return sum(key.startswith(f"{self.name}/{kind}/") for key in self.file.files)
 
     def weights(self, kind: str = "weight") -> dict[str, Tensor]:
-        """Variable name → value, named `scope/layer/variable` with automatic numbers replaced by order of appearance."""
+        """Variable name → value, named `scope/layer/variable`; automatic numbers become the order of appearance."""
         found: dict[str, Tensor] = {}
         seen: dict[tuple[str, str], list[str]] = {}
         for key in self.file.files:
@@ -66,7 +66,7 @@ def same(value: Tensor) -> Tensor:
     return value
 
 
-# pattern of the official variable name (its prefix is the entry's own) → our parameter, and how Keras's layout becomes ours
+# pattern of the official variable name → our parameter, and how Keras's layout becomes ours
 Mapping = list[tuple[str, str, Callable[[Tensor], Tensor]]]
 
 

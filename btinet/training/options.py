@@ -1,0 +1,127 @@
+"""What can be chosen for a training: the flags of ``btinet train``, and the presets behind ``--preset``."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, replace
+from typing import Any, Literal
+
+Preset = Literal["fixed", "paper", "parity"]
+PRESETS = ("fixed", "paper", "parity")
+
+
+def option(default: Any = MISSING, help: str = "") -> Any:
+    """A dataclass field that carries the help text of its command-line flag."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the presets disagree about. ``fixed``: what a careful engineer would run; the fields below are its values.
+
+    ``paper`` follows the papers' words, ``parity`` the official code, bug for bug. docs/presets.md lists why.
+    """
+
+    false_positive_weight: float = option(0.5, "α of the Tversky index.")
+    false_negative_weight: float = option(0.5, "β of the Tversky index.")
+    hard_boundary: bool = option(
+        False, "Threshold the prediction in the boundary loss, which leaves it without a gradient."
+    )
+    empty_masks: Literal["cross_entropy", "tversky"] = option("cross_entropy", "Loss of images without a lesion.")
+    loss_ceiling: float = option(float("inf"), "An image's loss is cut off here.")
+    seg_weight: float = option(0.80, "Weight of the segmentation loss in stage 1.")
+    clf_weight: float = option(0.20, "Weight of the classification loss in stage 1.")
+    ramp_weights: bool = option(
+        False,
+        "Move 0.007 of weight per epoch from classification to segmentation for 15 epochs, then go back.",
+    )
+    monitor: Literal["thresholded", "keras_truncated"] = option(
+        "thresholded",
+        "IoU that selects the model: foreground IoU at 0.5, or Keras's MeanIoU of truncated probabilities.",
+    )
+    double_scaling: bool = option(
+        False, "Divide pixels by 255 twice, as the official loaders and Keras's EfficientNet do together."
+    )
+    offline_copies: int = option(
+        0,
+        "Augmented copies of each image, the same in every epoch; 0: every image is augmented anew in every epoch.",
+    )
+    elastic: bool = option(False, "Elastic deformation among the augmentations.")
+    norm_momentum: float = option(0.1, "Share of a batch in BatchNorm's running statistics.")
+
+
+RECIPES: dict[str, Recipe] = {
+    "fixed": Recipe(),
+    "paper": Recipe(
+        false_positive_weight=0.3,
+        false_negative_weight=0.7,
+        empty_masks="tversky",
+        offline_copies=3,
+        elastic=True,
+        norm_momentum=0.01,
+    ),
+    "parity": Recipe(
+        hard_boundary=True,
+        empty_masks="tversky",
+        loss_ceiling=10.0,
+        seg_weight=0.82,
+        clf_weight=0.18,
+        monitor="keras_truncated",
+        double_scaling=True,
+        offline_copies=3,
+        norm_momentum=0.01,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of ``btinet train``."""
+
+    data: str = option(help="Folder of the data set, or the CSV file.")
+    out: str = option(help="Folder of the run, new or empty.")
+    dataset: Literal["auto", "busi", "folders", "csv"] = option("auto", "Layout of the data; auto recognises it.")
+    model: str = option("btinet_efficientnet_b4", "btinet_ and the name of a timm backbone.")
+    preset: Preset = option(
+        "fixed",
+        "Whose training to repeat: a careful engineer's, the papers' words, or the official code with its bugs.",
+    )
+    weights: str = option("none", "Start of the encoder: none, imagenet (timm downloads it) or a file.")
+    epochs: int = option(50, "Most epochs of stage 1, the whole network.")
+    stage2_epochs: int = option(15, "Most epochs of stage 2, the gates alone; 0 skips it.")
+    image_size: int = option(224, "Side of the square the images are resized to, in pixels.")
+    batch_size: int = option(8, "Images per step.")
+    lr: float = option(3e-4, "Initial learning rate of stage 1.")
+    stage2_lr: float = option(3e-4, "Learning rate of stage 2.")
+    patience: int = option(22, "Epochs of stage 1 without improvement before it stops.")
+    stage2_patience: int = option(5, "The same for stage 2.")
+    seed: int = option(42, "Seed of the split, the weights, the order and the augmentation.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train.")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = option(
+        "auto", "Arithmetic; auto is bf16-mixed on a GPU that has it and 32-true elsewhere."
+    )
+    workers: int = option(0, "Processes that prepare images; 0 prepares them in the training process.")
+    channels: Literal[1, 3] = option(3, "Channels of the images, grey or colour.")
+    split: str | None = option(None, "A split.csv to reuse instead of making one.")
+    groups: str | None = option(
+        None,
+        "CSV group,image of images that must stay together; without it near-duplicates are searched for.",
+    )
+    mask_threshold: int | None = option(None, "Accept masks that are not binary: foreground is above this grey value.")
+    interaction: str = option(
+        "gated", "none, fixed or gated; or one per decoder level, coarse to fine, separated by commas."
+    )
+    signals: Literal["proxies", "variance"] = option(
+        "proxies", "What feeds the gates: BTI-Net's proxies or its predecessor's variances."
+    )
+    pool: Literal["gap", "softmax"] = option("gap", "How segmentation context is pooled for classification.")
+    decoder_channels: list[int] | None = option(None, "Widths of the decoder levels, coarse to fine.")
+    freeze_early: bool | None = option(
+        None,
+        "Keep stem and first stages of the encoder as they are; the default does so when weights were loaded.",
+    )
+    recipe: dict[str, Any] | None = option(None, "Single settings of the preset to change, e.g. {seg_weight: 0.9}.")
+
+
+def recipe_of(options: TrainOptions) -> Recipe:
+    """The preset's recipe with the changes of ``options.recipe``; raises ``TypeError`` for an unknown name."""
+    return replace(RECIPES[options.preset], **(options.recipe or {}))

@@ -1,0 +1,157 @@
+"""One decoder level, TIM alone or with its gate, as autograd sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from btinet_kernels.interaction import reference
+from btinet_kernels.interaction.passes_op import (
+    accumulation_dtype,
+    channel_dot,
+    in_format_of,
+    passes_for,
+    pull_back,
+    split,
+    statistics_backward,
+    unpack,
+)
+from btinet_kernels.interaction.reference import Context, Statistics
+
+
+def _level_vectors(
+    stats: Statistics,
+    clf: Tensor,
+    packed: Sequence[Tensor],
+    softmax: bool,
+    signals: str,
+    strength: float,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Scale of the dense stream, new clf, gates, proxies, batch mean, batch variance."""
+    dtype = stats.mean.dtype
+    weights, gate = unpack([tensor.to(dtype) for tensor in packed], softmax, signals)
+    base = clf.to(dtype)
+    enhanced = reference.enhance(stats, base, weights, strength=strength, training=training, eps=eps)
+    if gate is None:
+        gates, proxies = base.new_empty(0), base.new_empty(0)
+        return (
+            enhanced.modulation,
+            enhanced.clf.to(clf.dtype),
+            gates,
+            proxies,
+            enhanced.batch_mean,
+            enhanced.batch_var,
+        )
+    result = reference.gate_of_level(stats, enhanced, base, gate, signals)  # type: ignore[arg-type]
+    scale = 1 + result.gates[:, :1] * (enhanced.modulation - 1)
+    clf_out = base + result.gates[:, 1:] * (enhanced.clf - base)
+    return scale, clf_out.to(clf.dtype), *result, enhanced.batch_mean, enhanced.batch_var
+
+
+def level_forward(
+    passes: Any,
+    seg: Tensor,
+    clf: Tensor,
+    packed: Sequence[Tensor],
+    softmax: bool,
+    signals: str,
+    strength: float,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Both passes around the vectors; returns what ``level`` returns. Differentiable where ``passes`` is."""
+    with torch.autocast(seg.device.type, enabled=False):
+        dense = seg.to(accumulation_dtype(seg))
+        weights = [w.to(dense.dtype) for w in packed[: 3 if softmax else 2]]
+        context = Context(weights[0], weights[1], weights[2] if softmax else None)
+        edges = signals == "proxies" and reference.has_edge_energy(seg)
+        stats = passes.statistics(dense, context, variance=signals == "variance", edges=edges)
+        if signals == "proxies" and not edges:
+            stats = stats._replace(edges=dense.new_zeros(seg.shape[0]))
+        scale, *vectors = _level_vectors(stats, clf, packed, softmax, signals, strength, training, eps)
+        return passes.scale_channels(dense, scale).to(seg.dtype), *vectors, scale, *stats
+
+
+@custom_op("btinet_kernels::task_interaction", mutates_args=())
+def level(
+    seg: Tensor,
+    clf: Tensor,
+    weights: list[Tensor],
+    softmax: bool,
+    signals: str,
+    strength: float,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """TIM, gated unless ``signals`` is "none".
+
+    Returns seg, clf, gates, proxies, batch mean and variance (empty in inference), the scale of seg, ``Statistics``.
+    """
+    passes = passes_for(seg)
+    out, *rest = level_forward(passes, seg, clf, weights, softmax, signals, strength, training, eps)
+    if not training:
+        rest[3:5] = [
+            rest[5].new_empty(0),
+            rest[5].new_empty(0),
+        ]  # an output may not alias the running statistics
+    return in_format_of(seg, out), *rest  # type: ignore[return-value]
+
+
+@level.register_fake
+def _(seg, clf, weights, softmax, signals, strength, training, eps):  # type: ignore[no-untyped-def]
+    batch, channels = seg.shape[:2]
+    vectors = seg.new_empty(0, dtype=accumulation_dtype(seg))
+    proxies = {"none": 0, "proxies": 3, "variance": 2}[signals]
+    norm = vectors.new_empty(clf.shape[1] if training else 0)
+    return (
+        torch.empty_like(seg),
+        torch.empty_like(clf, memory_format=torch.contiguous_format),
+        vectors.new_empty(batch, 2) if proxies else vectors.new_empty(0),
+        vectors.new_empty(batch, proxies) if proxies else vectors.new_empty(0),
+        norm,
+        torch.empty_like(norm),
+        vectors.new_empty(batch, channels),
+        vectors.new_empty(batch, channels),
+        vectors.new_empty(batch, channels) if signals == "variance" else vectors.new_empty(0),
+        vectors.new_empty(batch) if signals == "proxies" else vectors.new_empty(0),
+        vectors.new_empty(batch, weights[0].shape[0]),
+        vectors.new_empty(batch) if softmax else vectors.new_empty(0),
+    )
+
+
+def _level_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    seg, clf, weights, *ctx.options = inputs
+    scale, stats = output[6], output[7:]
+    ctx.save_for_backward(seg, clf, scale, *stats, *weights)
+    ctx.mark_non_differentiable(*output[4:])
+
+
+def _level_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+    seg, clf, scale, *rest = ctx.saved_tensors
+    stats, packed = Statistics(*rest[:5]), rest[5:]
+    grad_seg, *grad_vectors = upstream[:4]
+    softmax, signals, strength, training, eps = ctx.options
+
+    def vectors(mean, variance, edges, pooled, clf, *packed):  # type: ignore[no-untyped-def]
+        of = Statistics(mean, variance, edges, pooled, stats.log_sum_exp)
+        return _level_vectors(of, clf, packed, softmax, signals, strength, training, eps)[:4]
+
+    with torch.autocast(seg.device.type, enabled=False):
+        grad_scale = channel_dot(grad_seg, seg)
+        pull = pull_back(vectors, *stats[:4], clf, *packed)
+        *grad_stats, grad_clf, grad_packed = split(pull((grad_scale, *grad_vectors)), 5)
+        context = packed[: 3 if softmax else 2]
+        if signals == "proxies" and not reference.has_edge_energy(seg):
+            grad_stats[2] = grad_stats[2].new_empty(0)
+        grad_dense, *grad_context = statistics_backward(seg, grad_seg, scale, context, list(stats), grad_stats)
+    grad_packed[: len(context)] = [g.to(w.dtype) for g, w in zip(grad_context, context, strict=False)]
+    return grad_dense, grad_clf, grad_packed, None, None, None, None, None
+
+
+level.register_autograd(_level_gradient, setup_context=_level_setup)

@@ -1,0 +1,139 @@
+"""What the operators share: how weights travel through a schema, and the passes of the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from btinet_kernels.backends import native_missing, native_unsuitable, requested_backend
+from btinet_kernels.interaction import native, reference
+from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
+
+# Weights travel through the schema as one list, in the order of their NamedTuples, without those that are None.
+
+
+def pack(weights: InteractionWeights | None, gate: GateWeights | None) -> list[Tensor]:
+    """The weights as one list."""
+    return [tensor for tensor in (*(weights or ()), *(gate or ())) if tensor is not None]
+
+
+def unpack(packed: Sequence[Tensor], softmax: bool, signals: str) -> tuple[InteractionWeights, GateWeights | None]:
+    """The inverse of ``pack``; ``softmax``: there is a pooling weight; ``signals="none"``: there is no gate."""
+    rest: list[Tensor | None] = list(packed)
+    if not softmax:
+        rest.insert(2, None)
+    split = len(InteractionWeights._fields)
+    return InteractionWeights(*rest[:split]), unpack_gate(rest[split:], signals)  # type: ignore[arg-type]
+
+
+def unpack_gate(packed: Sequence[Tensor | None], signals: str) -> GateWeights | None:
+    """The inverse of ``pack`` for a gate alone."""
+    if signals == "none":
+        return None
+    return GateWeights(*packed) if signals == "proxies" else GateWeights(None, None, *packed)  # type: ignore[arg-type]
+
+
+def accumulation_dtype(seg: Tensor) -> torch.dtype:
+    """Dtype of statistics and vectors: float32, or float64 for float64."""
+    return torch.promote_types(seg.dtype, torch.float32)
+
+
+def passes_for(*dense: Tensor) -> Any:
+    """The module whose passes take these tensors: ``native`` or ``reference``."""
+    suitable = requested_backend() != "reference" and native_unsuitable(*dense) is None
+    return native if suitable and not native_missing() else reference
+
+
+def in_format_of(seg: Tensor, out: Tensor) -> Tensor:
+    """``out`` with the strides that the fake kernels promise."""
+    like = torch.empty_like(seg)
+    return out if out.stride() == like.stride() else like.copy_(out)
+
+
+def split(gradients: Sequence[Tensor], count: int) -> list[Any]:
+    """The first ``count`` one by one, the rest as a list."""
+    return [*gradients[:count], list(gradients[count:])]
+
+
+def pull_back(function: Callable[..., Any], *primals: Tensor) -> Callable[[Any], Sequence[Tensor]]:
+    """The vector-Jacobian product of ``function`` at ``primals``."""
+    return torch.func.vjp(function, *primals)[1]
+
+
+# The passes of the backward, custom ops of their own so that a compiler need not look inside.
+
+
+@custom_op("btinet_kernels::channel_dot", mutates_args=())
+def channel_dot(grad: Tensor, seg: Tensor) -> Tensor:
+    """Backward pass A; see ``reference.channel_dot``."""
+    dtype = accumulation_dtype(seg)
+    return passes_for(grad, seg).channel_dot(grad.to(dtype), seg.to(dtype))
+
+
+@channel_dot.register_fake
+def _(grad, seg):  # type: ignore[no-untyped-def]
+    return seg.new_empty(seg.shape[:2], dtype=accumulation_dtype(seg))
+
+
+@custom_op("btinet_kernels::statistics_backward", mutates_args=())
+def statistics_backward(
+    seg: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    context: list[Tensor],
+    saved: list[Tensor],
+    gradient: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward pass B: ``grad · scale`` plus the gradient through ``reference.statistics``.
+
+    Returns the gradients of seg and of the context's weights, in ``pack``'s order, empty where there are none.
+    """
+    dtype = accumulation_dtype(seg)
+    dense, upstream = seg.to(dtype), grad.to(dtype)
+    weights = [w.to(dtype) for w in context]
+    of = Context(*weights, *[None] * (3 - len(weights))) if weights else None
+    stats, grad_stats = Statistics(*saved), Statistics(*[*gradient, seg.new_empty(0)])
+    if passes_for(seg, grad) is native:
+        out, grads = native.statistics_backward(dense, upstream, scale, of, stats, grad_stats)
+    else:
+        out, grads = _statistics_backward_reference(dense, upstream, scale, of, grad_stats)
+    grads += [dense.new_empty(0) for _ in range(3 - len(grads))]
+    return in_format_of(seg, out.to(seg.dtype)), *grads  # type: ignore[return-value]
+
+
+@statistics_backward.register_fake
+def _(seg, grad, scale, context, saved, gradient):  # type: ignore[no-untyped-def]
+    vectors = seg.new_empty(0, dtype=accumulation_dtype(seg))
+    grads = [vectors.new_empty(w.shape) for w in context]
+    grads += [vectors.new_empty(0) for _ in range(3 - len(grads))]
+    return torch.empty_like(seg), *grads
+
+
+def _no_double_backward(ctx: Any, *upstream: Tensor) -> None:
+    raise RuntimeError(
+        "a fused interaction cannot be differentiated twice; compute the first gradient inside "
+        "btinet_kernels.use_backend('reference') as well as the forward pass."
+    )
+
+
+channel_dot.register_autograd(_no_double_backward)
+statistics_backward.register_autograd(_no_double_backward)
+
+
+def _statistics_backward_reference(
+    seg: Tensor, grad: Tensor, scale: Tensor, context: Context | None, gradient: Statistics
+) -> tuple[Tensor, list[Tensor]]:
+    variance, edges = gradient.variance.numel() > 0, gradient.edges.numel() > 0
+
+    def passes(seg: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        of = Context(*weights, *[None] * (3 - len(weights))) if weights else None
+        return tuple(reference.statistics(seg, of, variance=variance, edges=edges)[:4])
+
+    weights = [] if context is None else [w for w in context if w is not None]
+    # What was not asked for is an empty tensor on both sides.
+    grad_seg, *grad_weights = pull_back(passes, seg, *weights)(tuple(gradient[:4]))
+    return grad_seg + reference.scale_channels(grad, scale), list(grad_weights)
