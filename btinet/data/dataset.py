@@ -1,0 +1,191 @@
+"""Samples as tensors: decoded once, augmented reproducibly, put into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from btinet.data.images import map_in_threads, read_image, read_mask
+from btinet.data.preprocessing import Preprocessing, resize_image, resize_mask
+from btinet.data.samples import Sample
+from btinet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images and their masks; the defaults are the official code's.
+
+    Attributes:
+        horizontal_flip: probability of a left-right flip.
+        vertical_flip: probability of an upside-down flip.
+        rotation_probability: probability of a rotation.
+        rotation_degrees: the angle is uniform within ± this, in degrees; uncovered corners become 0.
+        elastic: also deform elastically, half of the time.
+        copies: 0: every epoch each image is augmented anew. n > 0: an epoch holds each image once untouched
+            and n augmented copies, the same in every epoch (3: the official offline augmentation ×4).
+
+    Raises:
+        UserError: a probability outside [0, 1], an angle outside [0, 180], a negative number of copies.
+    """
+
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.5
+    rotation_probability: float = 0.7
+    rotation_degrees: float = 15.0
+    elastic: bool = False
+    copies: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("horizontal_flip", "vertical_flip", "rotation_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"augmentation: {name} is {getattr(self, name)}, expected a probability in [0, 1].")
+        if not 0 <= self.rotation_degrees <= 180:
+            raise UserError(f"augmentation: rotation_degrees is {self.rotation_degrees}, expected 0 to 180.")
+        if self.copies < 0:
+            raise UserError(f"augmentation: copies is {self.copies}, expected 0 or more.")
+
+
+class SegmentationDataset(Dataset[dict[str, Any]]):
+    """Images with lesion mask and class, decoded and resized up front, so that a bad file shows at once.
+
+    An item is a dict of ``image`` float32 [C, H, W] (normalised), ``mask`` float32 [1, H, W] in {0, 1},
+    ``label`` int64 scalar (-1: not labelled) and ``index`` int (position in ``samples``). The key is (index,
+    epoch), or an index alone for epoch 0. Augmentation depends on (seed, epoch, index) only: not on workers,
+    order or the global random state, which stays untouched. With ``copies`` = n the length is (1 + n) ·
+    len(samples); items from len(samples) on are the augmented copies.
+
+    Args:
+        samples: what to load.
+        preprocessing: size, channels and normalisation.
+        augmentation: None: none.
+        seed: of the augmentation, not negative.
+        mask_threshold: see ``read_mask``.
+
+    Raises:
+        UserError: an image or mask cannot be read.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        preprocessing: Preprocessing,
+        *,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        mask_threshold: int | None = None,
+    ) -> None:
+        self.samples = tuple(samples)
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.seed = seed
+        self._copies = augmentation.copies if augmentation else 0
+        self._transform = _transform(augmentation) if augmentation else None
+        height, width = preprocessing.image_size
+        self._images = torch.empty((len(samples), preprocessing.channels, height, width), dtype=torch.uint8)
+        self._masks = torch.empty((len(samples), 1, height, width), dtype=torch.uint8)
+
+        def load(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+            image = read_image(sample.image, preprocessing.channels)
+            mask = read_mask(sample.masks, image.shape[0], image.shape[1], mask_threshold)
+            return resize_image(image, (height, width)), resize_mask(mask, (height, width))
+
+        for index, (image, mask) in enumerate(map_in_threads(load, self.samples)):
+            self._images[index] = torch.from_numpy(image).permute(2, 0, 1)
+            self._masks[index, 0] = torch.from_numpy(mask)
+
+    def __len__(self) -> int:
+        return len(self.samples) * (1 + self._copies)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
+        item, epoch = key if isinstance(key, tuple) else (key, 0)
+        if not 0 <= item < len(self):
+            raise IndexError(f"index {item} is outside 0..{len(self) - 1}")
+        copy, index = divmod(item, len(self.samples))
+        image, mask = self._images[index], self._masks[index]
+        if self._transform is not None and (copy or not self._copies):
+            image, mask = self._augmented(image, mask, (0 if copy else epoch, index, copy))
+        return {
+            "image": self.preprocessing.normalise(image),
+            "mask": mask.to(torch.float32),
+            "label": torch.tensor(self.samples[index].label, dtype=torch.int64),
+            "index": index,
+        }
+
+    def _augmented(self, image: Tensor, mask: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        assert self._transform is not None
+        # Only the CPU generator: torch.manual_seed would also reseed every accelerator.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mixed_seed(self.seed, *key))
+            image, mask = self._transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, epoch) for a ``DataLoader``'s ``batch_sampler``.
+
+    Args:
+        length: number of items, ``len(dataset)``.
+        batch_size: items per batch, at least 1.
+        shuffle: True: a permutation that depends on (seed, epoch) only, and a last batch of one item is
+            merged into the one before it (batch normalisation of vectors needs two). False: in order, nothing
+            merged.
+        seed: of the permutation, not negative.
+
+    Raises:
+        UserError: ``batch_size`` below 1.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size: found {batch_size}, expected at least 1.")
+        self.length = length
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (0 or more) that the next iteration belongs to."""
+        self.epoch = epoch
+
+    def _starts(self) -> list[int]:
+        starts = list(range(0, self.length, self.batch_size))
+        alone = self.batch_size > 1 and len(starts) > 1 and self.length % self.batch_size == 1
+        return starts[:-1] if self.shuffle and alone else starts
+
+    def __len__(self) -> int:
+        return len(self._starts())
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = self.epoch, list(range(self.length))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(_mixed_seed(self.seed, epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        for start, stop in pairwise([*self._starts(), self.length]):
+            yield [(index, epoch) for index in order[start:stop]]
+
+
+def _transform(augmentation: Augmentation) -> v2.Transform:
+    rotation = v2.RandomRotation(augmentation.rotation_degrees, interpolation=v2.InterpolationMode.BILINEAR)
+    steps: list[v2.Transform] = [
+        v2.RandomHorizontalFlip(augmentation.horizontal_flip),
+        v2.RandomVerticalFlip(augmentation.vertical_flip),
+        v2.RandomApply([rotation], p=augmentation.rotation_probability),
+    ]
+    if augmentation.elastic:
+        steps.append(v2.RandomApply([v2.ElasticTransform()], p=0.5))
+    return v2.Compose(steps)
+
+
+def _mixed_seed(*numbers: int) -> int:
+    """Mix non-negative integers into one 63-bit seed; neighbouring inputs give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
