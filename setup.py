@@ -18,7 +18,15 @@ setup(
             cxx_std=17,
             # libgomp is linked by its plain name: importing torch first brings its copy of that name, and one
             # thread pool serves both. -fno-math-errno lets sqrt and abs loops vectorise; nothing reorders sums.
-            extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"],
+            extra_compile_args=[
+                "-O3",
+                "-fopenmp",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-ffp-contract=fast",
+                "-Wall",
+                "-Wextra",
+            ],
             extra_link_args=["-fopenmp"],
         )
     ]

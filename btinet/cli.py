@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the input cannot be used (one sentence on standard error),
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet()
         _COMMANDS[options.command](options[options.command])
     except ArgumentError as error:
-        return _refuse(" ".join(str(error).split()))
+        return _refuse(_in_flags(" ".join(str(error).split())))
     except UserError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -40,6 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(sentence: str) -> int:
     print(f"btinet: error: {sentence}", file=sys.stderr)
     return 2
+
+
+def _in_flags(message: str) -> str:
+    """Name options as the user typed them: ``train.data`` or ``Parser key "data"`` become ``--data``."""
+    pattern = rf"\b(?:{'|'.join(_COMMANDS)})\.(\w+)|Parser key \"(\w+)\""
+    return re.sub(pattern, lambda match: _flag(match[1] or match[2]), message)
 
 
 def _train(options: Namespace) -> None:

@@ -2,6 +2,9 @@ from pathlib import Path
 
 import pytest
 
+import btinet_kernels
+from btinet_kernels.backends import native_missing
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -10,3 +13,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "kernels" / "data" / "official_modules.npz",
         help="numbers of the official modules to compare with (tests/kernels/data/README.md describes the form)",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    checkout = Path(__file__).parents[1]
+    if native_missing() and Path(btinet_kernels.__file__).is_relative_to(checkout):
+        raise pytest.UsageError(
+            f"the tests would import {checkout}, which lacks the compiled part: run `pip install .` and `pytest` "
+            "(`python -m pytest` puts the checkout first)."
+        )

@@ -49,7 +49,8 @@ def read_mask(paths: Sequence[Path], height: int, width: int, threshold: int | N
     """Read the union of mask files as bool [height, width]; no file gives an all-zero mask.
 
     1-bit, grey, palette, colour and 16-bit files are accepted; alpha is ignored. Each must hold at most two
-    values (colours), one of them 0 (black). Palettes are read by their colours, or by index if all are black.
+    values (colours), one of them 0 (black); an all-white mask is lesion everywhere. Palettes are read by their
+    colours, or by index if all are black.
 
     Args:
         paths: the mask files of one image.
@@ -122,7 +123,8 @@ def _binarise(path: Path, values: np.ndarray, threshold: int | None) -> np.ndarr
     if values.ndim == 3:
         values = values.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
     found = np.unique(values)
-    if len(found) > 2 or found[0] != 0:
+    whole_image = len(found) == 1 and found[0] in (1, 255, 0xFFFFFF)  # a lesion that fills the picture
+    if (len(found) > 2 or found[0] != 0) and not whole_image:
         what = f"{len(found)} different values" if len(found) > 2 else "no black (0) pixel"
         raise UserError(
             f"{path}: a mask must hold 0 and at most one other value, found {what}; "

@@ -46,7 +46,10 @@ def save_checkpoint(
     }
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
-        save_file(state, temporary)
+        try:
+            save_file(state, temporary)
+        except SafetensorError as error:  # its form of an OSError
+            raise OSError(str(error)) from error
     write_text(folder / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import yaml
-from matplotlib.figure import Figure
 
 from btinet.errors import UserError
 from btinet.files import atomic_path, write_text
+from btinet.training.curves import curves_figure
 from btinet.training.options import Recipe, TrainOptions
 
 CONFIG_NAME = "config.yaml"
@@ -65,29 +65,11 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(folder / METRICS_NAME, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def draw_curves(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw losses, validation scores and learning rate over the epochs of both stages."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    losses, scores, rate = figure.subplots(1, 3)
-    epochs = range(1, len(rows) + 1)
-    for key, label in (("train_loss", "training"), ("val_loss", "validation")):
-        losses.plot(epochs, [row[key] for row in rows], marker=".", label=label)
-    for key, label in (("val_iou", "IoU"), ("val_accuracy", "accuracy"), ("val_score", "score")):
-        scores.plot(epochs, [row[key] for row in rows], marker=".", label=label)
-    rate.plot(epochs, [row["learning_rate"] for row in rows], marker=".")
-    losses.set_ylabel("loss (the stages weigh it differently)")
-    scores.set(ylabel="validation", ylim=(0, 1))
-    rate.set(ylabel="learning rate", yscale="log")
-    first_of_stage2 = next((i for i, row in enumerate(rows, 1) if row["stage"] == 2), None)
-    for axes in (losses, scores, rate):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        if first_of_stage2 is not None:
-            axes.axvline(first_of_stage2 - 0.5, color="grey", linestyle="--", label="stage 2")
-    losses.legend()
-    scores.legend()
+def draw_curves(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw losses and validation scores over the epochs of both stages."""
+    figure = curves_figure(rows)
     with atomic_path(folder / CURVES_NAME) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=130)
 
 
 def _version(package: str) -> str:

@@ -140,6 +140,11 @@ def test_masks_are_united(tmp_path: Path) -> None:
     assert not read_mask([save(tmp_path / "zero.png", ~(MASK | True))], 5, 7).any()
 
 
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_lesion_may_fill_the_picture(tmp_path: Path, value: int) -> None:
+    assert read_mask([save(tmp_path / "full.png", np.full((5, 7), value, np.uint8))], 5, 7).all()
+
+
 def test_masks_that_are_not_binary(tmp_path: Path) -> None:
     grey = np.where(MASK, 200, 10).astype(np.uint8)
     with pytest.raises(UserError, match=r"b\.png: .*found no black \(0\) pixel"):

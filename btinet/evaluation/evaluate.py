@@ -1,0 +1,288 @@
+"""Evaluation of a training run on one split of its data, or on other data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.progress import track
+
+from btinet.data.images import read_image, read_mask
+from btinet.data.layouts import read_collection
+from btinet.data.preprocessing import resize_image, resize_mask
+from btinet.data.samples import Collection, Sample
+from btinet.data.splits import read_split
+from btinet.errors import UserError
+from btinet.evaluation.classification import ClassificationScores, classification_scores
+from btinet.evaluation.figures import Case, cases_figure, confusion_figure, save_figure
+from btinet.evaluation.segmentation import (
+    HD95Empty,
+    SegmentationScores,
+    SegmentationSummary,
+    segmentation_scores,
+    summarise_segmentation,
+)
+from btinet.evaluation.tables import write_csv, write_json
+from btinet.models.checkpoint import load_checkpoint
+from btinet.serving.predictor import Predictor, signal_columns
+
+CASES_PER_ROW = 3
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate, and how.
+
+    Attributes:
+        run: run folder, or its ``model.safetensors``.
+        data: data set; default: the one the run was trained on. Give it when the data has moved, or, with
+            split "all", to evaluate on other data with the same class names.
+        dataset: layout of the data; default: the run's own, or "auto" when ``data`` is given.
+        split: "train", "val" or "test" of the run's ``split.csv``, or "all" images without looking at the
+            split.
+        out: folder for the results; default: ``evaluation-SPLIT`` in the run folder.
+        eval_size: resolution of the scores: "native" (each image's own size) or "model" (size of the
+            network's input).
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        batch_size: images per forward pass.
+        hd95_empty: HD95 of an image where exactly one mask is empty: the image diagonal, infinity, or left
+            out.
+    """
+
+    run: Path
+    data: Path | None = None
+    dataset: str | None = None
+    split: Literal["train", "val", "test", "all"] = "test"
+    out: Path | None = None
+    eval_size: Literal["native", "model"] = "native"
+    device: str = "auto"
+    batch_size: int = 8
+    hd95_empty: HD95Empty = "diagonal"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of one evaluation.
+
+    Attributes:
+        run, data, out: folders (``data`` may be a CSV file).
+        split, eval_size, hd95_empty: as in ``EvaluateOptions``.
+        images: number of images evaluated.
+        image_size: height and width of the network's input.
+        threshold: lesion probability above which a pixel is lesion.
+        segmentation: lesion scores.
+        classification: class scores; None when no image is labelled.
+        baselines: mean IoU of an all-background and an all-foreground answer on the same images, per column.
+    """
+
+    run: str
+    data: str
+    out: str
+    split: str
+    images: int
+    eval_size: str
+    image_size: tuple[int, int]
+    threshold: float
+    hd95_empty: str
+    segmentation: SegmentationSummary
+    classification: ClassificationScores | None
+    baselines: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class _Result:
+    sample: Sample
+    size: tuple[int, int]
+    scores: SegmentationScores
+    probabilities: np.ndarray
+    signals: dict[str, float]
+
+
+def evaluate_run(options: EvaluateOptions) -> Summary:
+    """Evaluate a run and write ``per_image.csv``, ``summary.json``, ``cases.png`` and
+    ``confusion_matrix.png``.
+
+    ``cases.png`` shows the best, median and worst lesion images by Dice and is left out when no image has a
+    lesion; ``confusion_matrix.png`` is left out when no image is labelled.
+
+    Raises:
+        UserError: the run, its data or its split cannot be read or do not belong together, the split is
+            empty, or a result cannot be written.
+    """
+    if options.batch_size < 1:
+        raise UserError(f"batch size {options.batch_size}: expected at least 1.")
+    folder = options.run if options.run.is_dir() else options.run.parent
+    predictor = Predictor(load_checkpoint(options.run), options.device)
+    data, dataset, mask_threshold = _data_source(options, folder)
+    collection = read_collection(data, dataset, classes=predictor.classes)
+    samples = _chosen_samples(options.split, folder, collection)
+    reader = _Reader(predictor, options.eval_size, mask_threshold)
+    results = list(_evaluate(reader, samples, options.batch_size, options.hd95_empty))
+
+    classes = collection.classes
+    labels = [result.sample.label for result in results]
+    probabilities = np.stack([result.probabilities for result in results])
+    labelled = any(label >= 0 for label in labels)
+    out = options.out or folder / f"evaluation-{options.split}"
+    summary = Summary(
+        run=str(folder),
+        data=str(data),
+        out=str(out),
+        split=options.split,
+        images=len(results),
+        eval_size=options.eval_size,
+        image_size=predictor.preprocessing.image_size,
+        threshold=predictor.threshold,
+        hd95_empty=options.hd95_empty,
+        segmentation=summarise_segmentation([result.scores for result in results]),
+        classification=classification_scores(labels, probabilities, classes) if labelled else None,
+        baselines=_baselines(results),
+    )
+    rows = [_row(result, classes) for result in results]
+    write_csv(out / "per_image.csv", rows, list(rows[0]))
+    _write_cases(out / "cases.png", reader, results)
+    if summary.classification is None:
+        (out / "confusion_matrix.png").unlink(missing_ok=True)
+    else:
+        save_figure(confusion_figure(summary.classification.confusion, classes), out / "confusion_matrix.png")
+    write_json(out / "summary.json", asdict(summary))
+    return summary
+
+
+def choose_cases(dice: Sequence[float], per_row: int = CASES_PER_ROW) -> dict[str, list[int]]:
+    """Choose the positions of the best, median and worst values, each at most once, without empty rows."""
+    order = sorted(range(len(dice)), key=lambda index: -dice[index])
+    count = max(1, min(per_row, len(order) // 3))
+    start = (len(order) - count) // 2
+    best, worst = order[:count], order[max(count, len(order) - count) :]
+    middle = [index for index in order[start : start + count] if index not in best and index not in worst]
+    return {name: row for name, row in (("best", best), ("median", middle), ("worst", worst)) if row}
+
+
+class _Reader:
+    """Reads samples at the resolution of the scores and predicts them."""
+
+    def __init__(self, predictor: Predictor, eval_size: str, mask_threshold: int | None) -> None:
+        self.predictor = predictor
+        self.size = predictor.preprocessing.image_size if eval_size == "model" else None
+        self.mask_threshold = mask_threshold
+
+    def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        image = read_image(sample.image, self.predictor.preprocessing.channels)
+        height, width = image.shape[:2]
+        mask = read_mask(sample.masks, height, width, self.mask_threshold)
+        if self.size is None:
+            return image, mask
+        return resize_image(image, self.size), resize_mask(mask, self.size)
+
+
+def _evaluate(reader: _Reader, samples: Sequence[Sample], batch_size: int, hd95_empty: HD95Empty) -> Iterator[_Result]:
+    starts = range(0, len(samples), batch_size)
+    for start in track(starts, "Evaluating", console=Console(stderr=True), transient=True):
+        batch = samples[start : start + batch_size]
+        pairs = [reader.read(sample) for sample in batch]
+        predictions = reader.predictor([image for image, _ in pairs])
+        for sample, (_, target), prediction in zip(batch, pairs, predictions, strict=True):
+            scores = segmentation_scores(prediction.mask, target, hd95_empty=hd95_empty)
+            height, width = target.shape
+            signals = signal_columns(prediction, reader.predictor.proxy_names)
+            yield _Result(sample, (height, width), scores, prediction.class_probabilities, signals)
+
+
+def _data_source(options: EvaluateOptions, folder: Path) -> tuple[Path, str, int | None]:
+    config = _read_config(folder / "config.yaml")
+    if options.data is not None:
+        return options.data, options.dataset or "auto", config.get("mask_threshold")
+    if not config.get("data"):
+        raise UserError(f"{folder / 'config.yaml'}: names no data; say with --data where the data set lies.")
+    data = Path(config["data"])
+    if not data.exists():
+        raise UserError(f"{data}: the data of this run is no longer there; say with --data where it lies now.")
+    return data, options.dataset or config.get("dataset") or "auto", config.get("mask_threshold")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is not a readable YAML file; restore the one the training wrote.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected options as 'name: value' lines; restore the one the training wrote.")
+    return config
+
+
+def _chosen_samples(split: str, folder: Path, collection: Collection) -> list[Sample]:
+    if split == "all":
+        chosen = list(collection.samples)
+    else:
+        assigned = read_split(folder / "split.csv", collection)
+        chosen = [sample for sample in collection.samples if assigned.get(sample.id) == split]
+    if not chosen:
+        raise UserError(f"{folder / 'split.csv'}: split {split!r} holds no image of {collection.root}; choose another.")
+    return chosen
+
+
+def _baselines(results: Sequence[_Result]) -> dict[str, dict[str, float]]:
+    # Without a lesion, all background is right (IoU 1) and all foreground is wrong (IoU 0).
+    background = [float(result.scores.target_pixels == 0) for result in results]
+    foreground = [result.scores.target_pixels / math.prod(result.size) for result in results]
+    lesion = [result.scores.target_pixels > 0 for result in results]
+    return {
+        name: {
+            "lesion_images": float(np.mean(np.array(values)[lesion])) if any(lesion) else math.nan,
+            "all_images": float(np.mean(values)),
+        }
+        for name, values in (("all_background_iou", background), ("all_foreground_iou", foreground))
+    }
+
+
+def _row(result: _Result, classes: Sequence[str]) -> dict[str, Any]:
+    scores = result.scores
+    height, width = result.size
+    return {
+        "image": result.sample.id,
+        "label": classes[result.sample.label] if result.sample.label >= 0 else "",
+        "predicted": classes[int(result.probabilities.argmax())],
+        **{f"prob_{name}": value for name, value in zip(classes, result.probabilities.tolist(), strict=True)},
+        "iou": scores.iou,
+        "dice": scores.dice,
+        "sensitivity": scores.sensitivity,
+        "precision": scores.precision,
+        "hd95": scores.hd95,
+        "target_pixels": scores.target_pixels,
+        "predicted_pixels": scores.predicted_pixels,
+        "overlap_pixels": scores.overlap_pixels,
+        "height": height,
+        "width": width,
+        **result.signals,
+    }
+
+
+def _write_cases(path: Path, reader: _Reader, results: Sequence[_Result]) -> None:
+    lesion = [result for result in results if result.scores.target_pixels > 0]
+    if not lesion:
+        path.unlink(missing_ok=True)
+        return
+    chosen = choose_cases([result.scores.dice for result in lesion])
+    rows: Mapping[str, list[Case]] = {
+        name: [_case(reader, lesion[index]) for index in indices] for name, indices in chosen.items()
+    }
+    save_figure(cases_figure(rows), path)
+
+
+def _case(reader: _Reader, result: _Result) -> Case:
+    image, target = reader.read(result.sample)
+    (prediction,) = reader.predictor([image])
+    classes, label = reader.predictor.classes, result.sample.label
+    truth = classes[label] if label >= 0 else "not labelled"
+    predicted = classes[int(prediction.class_probabilities.argmax())]
+    title = (result.sample.id, f"Dice {result.scores.dice:.3f}", f"{truth} → {predicted}")
+    return Case(image, target, prediction.mask, title)
