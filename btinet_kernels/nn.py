@@ -82,7 +82,7 @@ class TaskInteractionModule(nn.Module):
             self.weights(),
             strength=self.strength,
             training=norm.training,
-            momentum=norm.momentum or 0.0,
+            momentum=_momentum(norm),
             eps=norm.eps,
         )
 
@@ -168,7 +168,7 @@ class TaskInteractionLevel(nn.Module):
             signals=self.upa.signals,
             strength=self.tim.strength,
             training=norm.training,
-            momentum=norm.momentum or 0.0,
+            momentum=_momentum(norm),
             eps=norm.eps,
         )
 
@@ -324,6 +324,12 @@ def initialise(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def _momentum(norm: nn.BatchNorm1d) -> float:
+    if norm.momentum is None:
+        raise ValueError("the interaction's BatchNorm needs a momentum; cumulative averages are not supported.")
+    return norm.momentum
 
 
 def _over_space(vector: Tensor, dense: Tensor) -> Tensor:

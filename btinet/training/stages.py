@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ class Session:
     console: Console
     record: Callable[[Row], None]
     save: Callable[[], None]
-    rows: int = 0
+    epochs_seen: int = 0  # of both stages: each draws its own order and augmentation
 
 
 def train_network(session: Session) -> None:
@@ -60,7 +59,7 @@ def train_network(session: Session) -> None:
     schedule = CosinePlateau(options.lr, options.epochs)
     stopping = EarlyStopping(options.patience, MIN_DELTA)
 
-    def score(row: Row) -> float:
+    def judge(row: Row) -> float:
         schedule.observe(row["val_score"])
         return row["val_score"]
 
@@ -75,7 +74,7 @@ def train_network(session: Session) -> None:
 
         return loss
 
-    _run(session, 1, options.epochs, optimizer, schedule.rate, loss_of, stopping, score)
+    _run(session, 1, options.epochs, optimizer, schedule.rate, loss_of, stopping, judge)
 
 
 def train_gates(session: Session) -> None:
@@ -115,7 +114,7 @@ def _run(
     rate: Callable[[int], float],
     loss_of: Callable[[int], Callable[[BTINetOutput, dict[str, Tensor]], Tensor]],
     stopping: EarlyStopping,
-    score: Callable[[Row], float],
+    judge: Callable[[Row], float],
 ) -> None:
     optimizer = session.fabric.setup_optimizers(optimizer)  # type: ignore[assignment]
     best: dict[str, Tensor] | None = None
@@ -128,7 +127,7 @@ def _run(
         measured = _validate(session, loss)
         row = {"stage": stage, "epoch": epoch + 1, "train_loss": train_loss, **measured}
         row |= {"learning_rate": rate(epoch), "seconds": round(time.perf_counter() - started, 2)}
-        better = stopping.observe(score(row))
+        better = stopping.observe(judge(row))
         if better:
             best = {name: tensor.detach().clone() for name, tensor in session.network.state_dict().items()}
             session.save()
@@ -154,7 +153,7 @@ def _train_epoch(
     title: str,
 ) -> float:
     session.module.train()
-    session.train_batches.set_epoch(session.rows)
+    session.train_batches.set_epoch(session.epochs_seen)
     total = count = 0.0
     with _progress(session.console, title, len(session.train_batches)) as advance:
         for batch in session.train_loader:
@@ -171,7 +170,7 @@ def _train_epoch(
             total += loss.item() * len(batch["label"])
             count += len(batch["label"])
             advance()
-    session.rows += 1
+    session.epochs_seen += 1
     return total / count
 
 
@@ -192,11 +191,9 @@ def _validate(session: Session, loss_of: Callable[[BTINetOutput, dict[str, Tenso
         hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
         labelled += known.sum().item()
         overlap += _keras_overlap(torch.sigmoid(output.seg_logits.float()), mask)
-    iou = float(np.mean(ious)) if ious else math.nan
-    if session.recipe.monitor == "keras_truncated":
-        monitored = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
-    else:
-        monitored = 0.0 if math.isnan(iou) else iou
+    iou = float(np.mean(ious))
+    truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
+    monitored = truncated if session.recipe.monitor == "keras_truncated" else iou
     accuracy = hits / labelled if labelled else 0.0
     return {
         "val_loss": total / count,

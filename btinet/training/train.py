@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric, seed_everything
@@ -34,6 +34,8 @@ from btinet.training import run_folder
 from btinet.training.losses import LossOptions
 from btinet.training.options import Recipe, TrainOptions, recipe_of
 from btinet.training.stages import Row, Session, train_gates, train_network
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 def train(options: TrainOptions, console: Console | None = None) -> Path:
@@ -74,10 +76,20 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
         mask_threshold=options.mask_threshold,
     )
     val_set = SegmentationDataset(parts["val"], preprocessing, mask_threshold=options.mask_threshold)
+    if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
+        raise UserError(
+            f"{options.data}: no validation image shows a lesion at {size[0]}×{size[1]}, so no model can be selected by "
+            "IoU; use another --seed or --split."
+        )
     network = _network(options, recipe, len(collection.classes))
 
-    fabric = _fabric(options)
+    precision = _precision(options)
+    fabric = Fabric(accelerator=_device(options), devices=1, precision=precision)
+    fabric.launch()
     device = fabric.device.type
+    console.print(f"{options.model}, {_millions(network)} M parameters, on {device} in {precision}")
+    if options.weights == "none":
+        console.print("  the encoder starts from random weights; --weights imagenet or FILE usually does much better")
     module = fabric.setup_module(network.to(memory_format=torch.channels_last))
     train_batches = EpochBatches(len(train_set), options.batch_size, shuffle=True, seed=options.seed)
     val_batches = EpochBatches(len(val_set), options.batch_size, shuffle=False)
@@ -96,7 +108,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
         run_folder.draw_curves(folder, rows)
 
     run_folder.write_config(folder, options, recipe)
-    run_folder.write_environment(folder, device, fabric._precision.precision)
+    run_folder.write_environment(folder, device, precision)
     write_split(folder / run_folder.SPLIT_NAME, collection, split, groups)
     if found_groups:
         write_groups(folder / run_folder.GROUPS_NAME, found_groups)
@@ -197,16 +209,21 @@ def _network(options: TrainOptions, recipe: Recipe, num_classes: int) -> BTINet:
     return network
 
 
-def _fabric(options: TrainOptions) -> Fabric:
-    cuda = options.device != "cpu" and torch.cuda.is_available()
-    precision = options.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"
-    if precision == "16-mixed" and not cuda:
+def _device(options: TrainOptions) -> Literal["cuda", "cpu"]:
+    return "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _precision(options: TrainOptions) -> Precision:
+    cuda = _device(options) == "cuda"
+    if options.precision == "16-mixed" and not cuda:
         raise UserError("--precision 16-mixed: needs a GPU; use bf16-mixed or 32-true on the CPU.")
-    fabric = Fabric(accelerator="cuda" if cuda else "cpu", devices=1, precision=precision)
-    fabric.launch()
-    return fabric
+    if options.precision == "auto":
+        return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"
+    return options.precision
+
+
+def _millions(network: BTINet) -> str:
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}"
 
 
 def _announce(console: Console, collection: Collection, parts: dict[str, list[Sample]], groups: dict[str, str]) -> None:
