@@ -78,8 +78,8 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
     val_set = SegmentationDataset(parts["val"], preprocessing, mask_threshold=options.mask_threshold)
     if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
         raise UserError(
-            f"{options.data}: no validation image shows a lesion at {size[0]}×{size[1]}, so no model can be selected by "
-            "IoU; use another --seed or --split."
+            f"{options.data}: no validation image shows a lesion at {size[0]}×{size[1]}, so no model can be selected "
+            "by IoU; use another --seed or --split."
         )
     network = _network(options, recipe, len(collection.classes))
 
