@@ -172,7 +172,7 @@ def proxy_gates(seg_residual: Tensor, edges: Tensor, clf: Tensor, clf_enhanced: 
         _normalise(F.linear(seg_residual, weights.seg_projection))
         * _normalise(F.linear(clf_enhanced - clf, weights.clf_projection))
     ).sum(1)
-    clf_energy = torch.log1p(clf_enhanced.var(1, unbiased=False))
+    clf_energy = torch.log1p(_variance(clf_enhanced))
     proxies = torch.stack((alignment, edges, clf_energy), 1)
     return Gates(torch.sigmoid(_gate_network(proxies, weights)), proxies)
 
@@ -182,7 +182,7 @@ def variance_gates(seg_variance: Tensor, clf_enhanced: Tensor, weights: GateWeig
 
     ``seg_variance``: variance over the positions of the enhanced dense stream, ``[B, C]``.
     """
-    signals = torch.stack((seg_variance.mean(1), clf_enhanced.var(1, unbiased=False)), 1)
+    signals = torch.stack((seg_variance.mean(1), _variance(clf_enhanced)), 1)
     proxies = signals / (signals.mean(0, keepdim=True) + VARIANCE_EPSILON)
     return Gates(torch.softmax(_gate_network(proxies, weights), 1), proxies)
 
@@ -207,3 +207,8 @@ def _gate_network(signals: Tensor, weights: GateWeights) -> Tensor:
 
 def _normalise(vector: Tensor) -> Tensor:
     return vector * torch.rsqrt(vector.square().sum(1, keepdim=True).clamp_min(NORMALISE_EPSILON))
+
+
+def _variance(vector: Tensor) -> Tensor:
+    """Population variance of each row; unlike ``Tensor.var`` silent about an empty batch."""
+    return (vector - vector.mean(1, keepdim=True)).square().mean(1)
