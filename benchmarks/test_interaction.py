@@ -29,7 +29,8 @@ class Case:
 
     def both(self) -> list[Tensor]:
         outputs = self.forward()
-        return [*outputs, *torch.autograd.grad(outputs, [self.seg, self.clf], self.upstream)]
+        inputs = [self.seg, self.clf, *self.module.tim.parameters()]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, self.upstream)]
 
     def exact(self) -> list[Tensor]:
         """``both`` in float64 by the reference."""
@@ -39,7 +40,8 @@ class Case:
         with use_backend("reference"):
             result = self.module(seg, clf)
             outputs = [result.seg, result.clf]
-            gradients = torch.autograd.grad(outputs, [seg, clf], [u.double() for u in self.upstream])
+            inputs = [seg, clf, *self.module.tim.parameters()]
+            gradients = torch.autograd.grad(outputs, inputs, [u.double() for u in self.upstream])
         self.module.float().load_state_dict(state)
         return [*outputs, *gradients]
 

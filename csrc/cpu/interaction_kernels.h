@@ -545,19 +545,19 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
     }
   }
 
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t j = 0; j < hidden; ++j) {
     double bias = 0, pool = 0;
+    std::vector<double> row(channels);
     for (int64_t group = 0; group < groups; ++group) {
       bias += bias_sum[group * hidden + j];
       if (context.pool_weight) pool += pool_sum[group * hidden + j];
+      const T* part = weight_sum.data() + (group * hidden + j) * stride;
+      for (int64_t c = 0; c < channels; ++c) row[c] += part[c];
     }
     context_gradient.bias[j] = T(bias);
     if (context.pool_weight) context_gradient.pool_weight[j] = T(pool);
-    for (int64_t c = 0; c < channels; ++c) {
-      double sum = 0;
-      for (int64_t group = 0; group < groups; ++group) sum += weight_sum[(group * hidden + j) * stride + c];
-      context_gradient.weight[j * channels + c] = T(sum);
-    }
+    std::copy(row.begin(), row.end(), context_gradient.weight + j * channels);
   }
 }
 
