@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,27 @@ def test_other_presets_train(ultrasound: Path, tmp_path: Path, preset: str) -> N
 def test_interactions_train(ultrasound: Path, tmp_path: Path, interaction: str) -> None:
     run = train(options(ultrasound, tmp_path / "run", epochs=1, interaction=interaction))
     assert [row["stage"] for row in metrics(run)] == ([1, 2] if "gated" in interaction else [1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16-mixed"},
+        {"channels": 1},
+        {"dataset": "folders"},
+        {"signals": "variance", "pool": "softmax"},
+        {"decoder_channels": [16, 8]},
+        {"freeze_early": True},
+    ],
+    ids=str,
+)
+def test_options_train(ultrasound: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    run = train(options(ultrasound, tmp_path / "run", epochs=1, **changes))
+    rows = metrics(run)
+    assert len(rows) == 2
+    assert all(math.isfinite(row["train_loss"]) for row in rows)
+    channels = load_checkpoint(run).preprocessing.channels
+    assert channels == changes.get("channels", 3)
 
 
 @pytest.mark.parametrize("batch_size", [8, 64])
