@@ -15,15 +15,14 @@ from btinet_kernels.interaction.passes_op import (
     channel_dot,
     in_format_of,
     passes_for,
-    pull_back,
-    split,
     statistics_backward,
     unpack,
 )
 from btinet_kernels.interaction.reference import Context, Statistics
+from btinet_kernels.interaction.vectors_backward import level_backward
 
 
-def _level_vectors(
+def level_vectors(
     stats: Statistics,
     clf: Tensor,
     packed: Sequence[Tensor],
@@ -74,7 +73,7 @@ def level_forward(
         stats = passes.statistics(dense, context, variance=signals == "variance", edges=edges)
         if signals == "proxies" and not edges:
             stats = stats._replace(edges=dense.new_zeros(seg.shape[0]))
-        scale, *vectors = _level_vectors(stats, clf, packed, softmax, signals, strength, training, eps)
+        scale, *vectors = level_vectors(stats, clf, packed, softmax, signals, strength, training, eps)
         return passes.scale_channels(dense, scale).to(seg.dtype), *vectors, scale, *stats
 
 
@@ -135,23 +134,33 @@ def _level_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _level_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     seg, clf, scale, *rest = ctx.saved_tensors
     stats, packed = Statistics(*rest[:5]), rest[5:]
-    grad_seg, *grad_vectors = upstream[:4]
+    grad_seg, grad_clf_out, grad_gates, grad_proxies = upstream[:4]
     softmax, signals, strength, training, eps = ctx.options
-
-    def vectors(mean, variance, edges, pooled, clf, *packed):  # type: ignore[no-untyped-def]
-        of = Statistics(mean, variance, edges, pooled, stats.log_sum_exp)
-        return _level_vectors(of, clf, packed, softmax, signals, strength, training, eps)[:4]
-
+    dtype = stats.mean.dtype
     with torch.autocast(seg.device.type, enabled=False):
-        grad_scale = channel_dot(grad_seg, seg)
-        pull = pull_back(vectors, *stats[:4], clf, *packed)
-        *grad_stats, grad_clf, grad_packed = split(pull((grad_scale, *grad_vectors)), 5)
+        weights, gate = unpack([tensor.to(dtype) for tensor in packed], softmax, signals)
+        gradient = level_backward(
+            stats,
+            clf.to(dtype),
+            weights,
+            gate,
+            strength=strength,
+            training=training,
+            eps=eps,
+            d_scale=channel_dot(grad_seg, seg),
+            d_clf_out=grad_clf_out.to(dtype),
+            d_gates=grad_gates,
+            d_proxies=grad_proxies,
+        )
         context = packed[: 3 if softmax else 2]
         if signals == "proxies" and not reference.has_edge_energy(seg):
-            grad_stats[2] = grad_stats[2].new_empty(0)
-        grad_dense, *grad_context = statistics_backward(seg, grad_seg, scale, context, list(stats), grad_stats)
-    grad_packed[: len(context)] = [g.to(w.dtype) for g, w in zip(grad_context, context, strict=False)]
-    return grad_dense, grad_clf, grad_packed, None, None, None, None, None
+            gradient.stats[2] = gradient.stats[2].new_empty(0)
+        grad_dense, *grad_context = statistics_backward(seg, grad_seg, scale, context, list(stats), gradient.stats)
+    vectors = gradient.weights
+    running: list[Tensor | None] = [None, None]
+    in_order = [*grad_context[: len(context)], *vectors[:4], *running, *vectors[4:], *gradient.gate]
+    grad_packed = [None if g is None else g.to(w.dtype) for g, w in zip(in_order, packed, strict=True)]
+    return grad_dense, gradient.clf.to(clf.dtype), grad_packed, None, None, None, None, None
 
 
 level.register_autograd(_level_gradient, setup_context=_level_setup)

@@ -1,7 +1,7 @@
 """How autograd sees task interaction: schemas, fake kernels, backward formulas, and the public functions.
 
 Each operator is one custom op: passes over the dense tensor around a function of vectors. The passes come from a
-backend; the vector function is written once (``reference.py``) and differentiated by ``torch.func.vjp``. Double
+backend; the vector function is ``reference.py``, its gradient ``vectors_backward.py``. Double
 backward is served by the reference (``use_backend("reference")``); through a fused operator it raises.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,16 +52,6 @@ def in_format_of(seg: Tensor, out: Tensor) -> Tensor:
     """``out`` with the strides that the fake kernels promise."""
     like = torch.empty_like(seg)
     return out if out.stride() == like.stride() else like.copy_(out)
-
-
-def split(gradients: Sequence[Tensor], count: int) -> list[Any]:
-    """The first ``count`` one by one, the rest as a list."""
-    return [*gradients[:count], list(gradients[count:])]
-
-
-def pull_back(function: Callable[..., Any], *primals: Tensor) -> Callable[[Any], Sequence[Tensor]]:
-    """The vector-Jacobian product of ``function`` at ``primals``."""
-    return torch.func.vjp(function, *primals)[1]
 
 
 # The passes of the backward, custom ops of their own so that a compiler need not look inside.
@@ -135,5 +125,5 @@ def _statistics_backward_reference(
 
     weights = [] if context is None else [w for w in context if w is not None]
     # What was not asked for is an empty tensor on both sides.
-    grad_seg, *grad_weights = pull_back(passes, seg, *weights)(tuple(gradient[:4]))
+    grad_seg, *grad_weights = torch.func.vjp(passes, seg, *weights)[1](tuple(gradient[:4]))
     return grad_seg + reference.scale_channels(grad, scale), list(grad_weights)

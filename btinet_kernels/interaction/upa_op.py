@@ -15,12 +15,11 @@ from btinet_kernels.interaction.passes_op import (
     channel_dot,
     in_format_of,
     passes_for,
-    pull_back,
-    split,
     statistics_backward,
     unpack_gate,
 )
 from btinet_kernels.interaction.reference import Statistics
+from btinet_kernels.interaction.vectors_backward import gate_backward
 
 
 def _interpolate_vectors(
@@ -114,46 +113,46 @@ def _interpolation_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _interpolation_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-    base, enhanced, clf_base, clf_enhanced, gates, *rest = ctx.saved_tensors
-    saved, packed = rest[:4], rest[4:]
+    base, enhanced, clf_base, clf_enhanced, gates, base_mean, base_edges, mean, variance, *packed = ctx.saved_tensors
     grad_seg, grad_clf, grad_gates, grad_proxies = upstream[:4]
-    none = gates.new_empty(0)
-
-    def vectors(base_mean, base_edges, mean, variance, clf_base, clf_enhanced, *packed):  # type: ignore[no-untyped-def]
-        of_base = Statistics(base_mean, none, base_edges, none, none)
-        of_enhanced = Statistics(mean, variance, none, none, none)
-        return _interpolate_vectors(of_base, of_enhanced, clf_base, clf_enhanced, packed, ctx.signals)
-
+    dtype, none = gates.dtype, gates.new_empty(0)
+    proxies = ctx.signals == "proxies"
     with torch.autocast(base.device.type, enabled=False):
+        gate = unpack_gate([tensor.to(dtype) for tensor in packed], ctx.signals)
+        assert gate is not None
+        clf_from, clf_to, grad_clf_out = clf_base.to(dtype), clf_enhanced.to(dtype), grad_clf.to(dtype)
+        grad_seg_share = (channel_dot(grad_seg, enhanced) - channel_dot(grad_seg, base)).sum(1)
+        grad_clf_share = (grad_clf_out * (clf_to - clf_from)).sum(1)
+        gradient = gate_backward(
+            mean - base_mean if proxies else variance,
+            base_edges,
+            clf_from,
+            clf_to,
+            gate,
+            grad_gates + torch.stack((grad_seg_share, grad_clf_share), 1),
+            grad_proxies,
+        )
         share = gates[:, :1].expand(base.shape[:2])
-        grad_share = (channel_dot(grad_seg, enhanced) - channel_dot(grad_seg, base)).sum(1)
-        grad_gates = grad_gates + torch.stack((grad_share, torch.zeros_like(grad_share)), 1)
-        pull = pull_back(vectors, *saved, clf_base, clf_enhanced, *packed)
-        *grad_stats, grad_clf_base, grad_clf_enhanced, grad_packed = split(
-            pull((grad_clf, grad_gates, grad_proxies)), 6
-        )
-        base_mean, base_edges, mean, variance = grad_stats
-        if ctx.signals == "variance":
-            base_mean = torch.zeros_like(mean)
-        elif not reference.has_edge_energy(base):
-            base_edges = none
-        grad_base, *_ = statistics_backward(
-            base,
-            grad_seg,
-            1 - share,
-            [],
-            [saved[0], none, none, none, none],
-            [base_mean, none, base_edges, none],
-        )
+        edges = gradient.edges if proxies and reference.has_edge_energy(base) else none
+        zero = torch.zeros_like(mean)
+        of_base = [-gradient.seg, none, edges, none] if proxies else [zero, none, none, none]
+        of_enhanced = [gradient.seg, none, none, none] if proxies else [zero, gradient.seg, none, none]
+        grad_base, *_ = statistics_backward(base, grad_seg, 1 - share, [], [base_mean, none, none, none, none], of_base)
         grad_enhanced, *_ = statistics_backward(
-            enhanced,
-            grad_seg,
-            share.clone(),
-            [],
-            [saved[2], none, none, none, none],
-            [mean, variance, none, none],
+            enhanced, grad_seg, share.clone(), [], [mean, none, none, none, none], of_enhanced
         )
-    return grad_base, grad_enhanced, grad_clf_base, grad_clf_enhanced, grad_packed, None
+        clf_share = gates[:, 1:]
+        grad_clf_base = gradient.clf + grad_clf_out * (1 - clf_share)
+        grad_clf_enhanced = gradient.clf_enhanced + grad_clf_out * clf_share
+    grad_packed = [g.to(w.dtype) for g, w in zip(gradient.weights, packed, strict=True)]
+    return (
+        grad_base,
+        grad_enhanced,
+        grad_clf_base.to(clf_base.dtype),
+        grad_clf_enhanced.to(clf_enhanced.dtype),
+        grad_packed,
+        None,
+    )
 
 
 interpolation.register_autograd(_interpolation_gradient, setup_context=_interpolation_setup)
