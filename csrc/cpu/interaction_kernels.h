@@ -431,22 +431,39 @@ void interpolate(const View<const T>& base, const View<const T>& enhanced, const
 
 template <class T>
 void channel_dot(const View<const T>& grad, const View<const T>& seg, T* out, int threads) {
-  const int64_t channels = seg.shape.channels, stride = padded<T>(channels);
+  const int64_t channels = seg.shape.channels;
   const Partition partition(seg.shape, kTile);
   const std::vector<int64_t> grad_offsets = offsets_of(grad), seg_offsets = offsets_of(seg);
+  const bool dense = grad.positions_lie_apart_by(1) && seg.positions_lie_apart_by(1);
   std::vector<double> sums(partition.ranges() * channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t index = 0; index < partition.ranges(); ++index) {
     const Range range = partition.range(index);
-    std::vector<T> left(kTile * stride), right(kTile * stride), tile_sum(channels);
-    for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
-      const int64_t rows = std::min(kTile, range.end - begin);
-      load_tile(grad, grad_offsets, range.sample, begin, rows, left.data(), stride);
-      load_tile(seg, seg_offsets, range.sample, begin, rows, right.data(), stride);
-      std::fill(tile_sum.begin(), tile_sum.end(), T(0));
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < channels; ++c) tile_sum[c] += left[r * stride + c] * right[r * stride + c];
-      for (int64_t c = 0; c < channels; ++c) sums[index * channels + c] += tile_sum[c];
+    const T* left = grad.data + range.sample * grad.batch_stride;
+    const T* right = seg.data + range.sample * seg.batch_stride;
+    double* total = sums.data() + index * channels;
+    if (grad.channel_stride == 1 && seg.channel_stride == 1) {
+      std::vector<T> tile_sum(channels);
+      for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
+        std::fill(tile_sum.begin(), tile_sum.end(), T(0));
+        for (int64_t n = begin; n < std::min(begin + kTile, range.end); ++n) {
+          const T *g = left + grad_offsets[n], *d = right + seg_offsets[n];
+          for (int64_t c = 0; c < channels; ++c) tile_sum[c] += g[c] * d[c];
+        }
+        for (int64_t c = 0; c < channels; ++c) total[c] += tile_sum[c];
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        const T *g = left + c * grad.channel_stride, *d = right + c * seg.channel_stride;
+        T sum = 0;
+        if (dense) {
+#pragma omp simd reduction(+ : sum)
+          for (int64_t n = range.begin; n < range.end; ++n) sum += g[n] * d[n];
+        } else {
+          for (int64_t n = range.begin; n < range.end; ++n) sum += g[grad_offsets[n]] * d[seg_offsets[n]];
+        }
+        total[c] = sum;
+      }
     }
   }
   for (int64_t b = 0; b < seg.shape.batch; ++b)
