@@ -116,17 +116,20 @@ void load_tile(const View<const T>& view, const std::vector<int64_t>& offsets, i
   for (int64_t r = 0; r < rows; ++r) std::fill(tile + r * stride + channels, tile + (r + 1) * stride, T(0));
 }
 
+// view[sample, c, begin + r] += tile[r][c].
 template <class T>
-void store_tile(const View<T>& view, const std::vector<int64_t>& offsets, int64_t sample, int64_t begin,
-                int64_t rows, const T* tile, int64_t stride) {
+void add_tile(const View<T>& view, const std::vector<int64_t>& offsets, int64_t sample, int64_t begin, int64_t rows,
+              const T* tile, int64_t stride) {
   const int64_t channels = view.shape.channels;
   T* base = view.data + sample * view.batch_stride;
   if (view.channel_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r)
-      std::copy(tile + r * stride, tile + r * stride + channels, base + offsets[begin + r]);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* out = base + offsets[begin + r];
+      for (int64_t c = 0; c < channels; ++c) out[c] += tile[r * stride + c];
+    }
   } else {
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t r = 0; r < rows; ++r) base[offsets[begin + r] + c * view.channel_stride] = tile[r * stride + c];
+      for (int64_t r = 0; r < rows; ++r) base[offsets[begin + r] + c * view.channel_stride] += tile[r * stride + c];
   }
 }
 
@@ -176,54 +179,54 @@ double edge_sum(const View<const T>& view, const std::vector<int64_t>& offsets, 
   return total;
 }
 
-// tile[r][c] += factor * d(sum of |forward differences|) / d view[sample, c, begin + r]; sign(0) = 0.
+// out[sample, c, begin + r] += factor * d(sum of |forward differences|) / d view[...]; sign(0) = 0.
 template <class T>
-void add_edge_gradient(const View<const T>& view, const std::vector<int64_t>& offsets,
-                       const Positions<T>& positions, int64_t sample, int64_t begin, int64_t rows, T factor,
-                       T* tile, int64_t stride) {
+void add_edge_gradient(const View<const T>& view, const std::vector<int64_t>& offsets, const View<T>& out,
+                       const std::vector<int64_t>& out_offsets, const Positions<T>& positions, int64_t sample,
+                       int64_t begin, int64_t rows, T factor) {
   const T* base = view.data + sample * view.batch_stride;
-  const int64_t channels = view.shape.channels, channel_stride = view.channel_stride;
+  T* target = out.data + sample * out.batch_stride;
+  const int64_t channels = view.shape.channels;
+  const bool channels_inside = view.channel_stride == 1 && out.channel_stride == 1;
   const bool dense = view.positions_lie_apart_by(1);
   for (int d = 0; d < 3; ++d) {
     if (!positions.axis(d)) continue;
     const int64_t step = positions.step(d);
     const T* has_next = positions.has_next(d);
-    if (channel_stride == 1) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t n = begin + r;
+    if (channels_inside) {
+      for (int64_t n = begin; n < begin + rows; ++n) {
         const T* here = base + offsets[n];
-        T* out = tile + r * stride;
+        T* result = target + out_offsets[n];
         if (has_next[n] != T(0)) {
           const T* next = base + offsets[n + step];
-          for (int64_t c = 0; c < channels; ++c) out[c] -= factor * sign(next[c] - here[c]);
+          for (int64_t c = 0; c < channels; ++c) result[c] -= factor * sign(next[c] - here[c]);
         }
         if (n >= step && has_next[n - step] != T(0)) {
           const T* previous = base + offsets[n - step];
-          for (int64_t c = 0; c < channels; ++c) out[c] += factor * sign(here[c] - previous[c]);
+          for (int64_t c = 0; c < channels; ++c) result[c] += factor * sign(here[c] - previous[c]);
         }
       }
     } else {
       // Without branches, so that the loops over positions vectorise when those lie side by side in memory.
       const int64_t with_next = std::min(rows, view.shape.positions() - step - begin);
       const int64_t with_previous = std::max<int64_t>(0, step - begin);
+      const int64_t* at = offsets.data() + begin;
+      const T* link = has_next + begin;
       for (int64_t c = 0; c < channels; ++c) {
-        const T* plane = base + c * channel_stride;
+        const T* plane = base + c * view.channel_stride;
         T slope[kTile] = {};
         if (dense) {
           const T* here = plane + begin;
-          const T* link = has_next + begin;
           for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(here[r + step] - here[r]);
           for (int64_t r = with_previous; r < rows; ++r)
             slope[r] += link[r - step] * sign(here[r] - here[r - step]);
         } else {
-          const int64_t* at = offsets.data() + begin;
-          const T* link = has_next + begin;
-          for (int64_t r = 0; r < with_next; ++r)
-            slope[r] -= link[r] * sign(plane[at[r + step]] - plane[at[r]]);
+          for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(plane[at[r + step]] - plane[at[r]]);
           for (int64_t r = with_previous; r < rows; ++r)
             slope[r] += link[r - step] * sign(plane[at[r]] - plane[at[r - step]]);
         }
-        for (int64_t r = 0; r < rows; ++r) tile[r * stride + c] += factor * slope[r];
+        T* result = target + c * out.channel_stride;
+        for (int64_t r = 0; r < rows; ++r) result[out_offsets[begin + r]] += factor * slope[r];
       }
     }
   }
@@ -484,8 +487,6 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
   const int64_t stride = padded<T>(channels), hidden_stride = padded<T>(hidden);
   const Partition partition(seg.shape, kTile);
   const Positions<T> positions(seg.shape);
-  const std::vector<int64_t> seg_offsets = offsets_of(seg), grad_offsets = offsets_of(grad);
-  const std::vector<int64_t> out_offsets = offsets_of(out);
   std::vector<T> weight_by_channel, weight_rows;
   if (hidden) {
     weight_by_channel = transposed(context.weight, hidden, channels, hidden_stride);
@@ -493,14 +494,15 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
     for (int64_t j = 0; j < hidden; ++j)
       std::copy(context.weight + j * channels, context.weight + (j + 1) * channels, &weight_rows[j * stride]);
   }
+  const std::vector<int64_t> offsets[3] = {offsets_of(seg), offsets_of(grad), offsets_of(out)};
   const int64_t groups = partition.groups();
   std::vector<T> weight_sum(groups * hidden * stride);
   std::vector<double> bias_sum(groups * hidden), pool_sum(context.pool_weight ? groups * hidden : 0);
 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
-    std::vector<T> tile(kTile * stride), result(kTile * stride), upstream(kTile * stride);
-    std::vector<T> activations(kTile * hidden_stride), tile_bias(hidden);
+    std::vector<T> tile(kTile * stride), result(kTile * stride), activations(kTile * hidden_stride), tile_bias(hidden);
+    std::vector<T> constant(channels), slope(channels), centre(channels);
     for (int64_t index = partition.group_begin(group); index < partition.group_end(group); ++index) {
       const Range range = partition.range(index);
       const int64_t b = range.sample;
@@ -508,26 +510,29 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
       T pooled_dot = 0;  // dp . p, the softmax's share of the gradient of every logit
       if (hidden && context.pool_weight)
         for (int64_t j = 0; j < hidden; ++j) pooled_dot += pooled_gradient[j] * saved.pooled[b * hidden + j];
+      // Through mean and variance: constant + slope * (value - mean); multiplied out it would cancel.
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t v = b * channels + c;
+        slope[c] = gradient.variance ? T(2) * gradient.variance[v] / T(count) : T(0);
+        centre[c] = gradient.variance ? saved.mean[v] : T(0);
+        constant[c] = gradient.mean[v] / T(count);
+      }
 
       for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
         const int64_t rows = std::min(kTile, range.end - begin);
-        load_tile(seg, seg_offsets, b, begin, rows, tile.data(), stride);
-        load_tile(grad, grad_offsets, b, begin, rows, upstream.data(), stride);
-        for (int64_t r = 0; r < rows; ++r) {
-          T* row = result.data() + r * stride;
-          const T *up = upstream.data() + r * stride, *value = tile.data() + r * stride;
-          for (int64_t c = 0; c < channels; ++c) {
-            const int64_t v = b * channels + c;
-            T sum = up[c] * scale[v] + gradient.mean[v] / T(count);
-            if (gradient.variance) sum += T(2) * gradient.variance[v] * (value[c] - saved.mean[v]) / T(count);
-            row[c] = sum;
-          }
-          std::fill(row + channels, row + stride, T(0));
-        }
+        const T *value = seg.data + b * seg.batch_stride, *up = grad.data + b * grad.batch_stride;
+        const T *factor = scale + b * channels, *add = constant.data(), *times = slope.data();
+        const T* origin = centre.data();
+        T* target = out.data + b * out.batch_stride;
+        for_each_element(seg, grad, out, offsets, Range{b, begin, begin + rows},
+                         [=](int64_t c, int64_t i, int64_t j, int64_t k) {
+                           target[k] = up[j] * factor[c] + (add[c] + times[c] * (value[i] - origin[c]));
+                         });
         if (gradient.edges)
-          add_edge_gradient(seg, seg_offsets, positions, b, begin, rows,
-                            gradient.edges[b] / (T(channels) * T(count)), result.data(), stride);
+          add_edge_gradient(seg, offsets[0], out, offsets[2], positions, b, begin, rows,
+                            gradient.edges[b] / (T(channels) * T(count)));
         if (hidden) {
+          load_tile(seg, offsets[0], b, begin, rows, tile.data(), stride);
           context_tile(tile.data(), stride, weight_by_channel, context.bias, rows, channels, hidden,
                        hidden_stride, activations.data());
           std::fill(tile_bias.begin(), tile_bias.end(), T(0));
@@ -552,12 +557,13 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
             }
           }
           for (int64_t j = 0; j < hidden; ++j) bias_sum[group * hidden + j] += tile_bias[j];
+          std::fill(result.begin(), result.end(), T(0));
           multiply(activations.data(), hidden_stride, int64_t(1), weight_rows.data(), stride, rows, hidden, stride,
                    result.data(), stride);
+          add_tile(out, offsets[2], b, begin, rows, result.data(), stride);
           multiply(activations.data(), int64_t(1), hidden_stride, tile.data(), stride, hidden, rows, stride,
                    weight_sum.data() + group * hidden * stride, stride);
         }
-        store_tile(out, out_offsets, b, begin, rows, result.data(), stride);
       }
     }
   }
