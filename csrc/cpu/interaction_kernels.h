@@ -48,6 +48,8 @@ inline void multiply_rows(const T* a, int64_t row_step, int64_t inner_step, cons
   int64_t j = 0;
   for (; j + kVectors * lanes <= columns; j += kVectors * lanes)
     multiply_block<T, R, kVectors>(a, row_step, inner_step, b + j, b_stride, inner, out + j, out_stride);
+  for (; j + 2 * lanes <= columns; j += 2 * lanes)
+    multiply_block<T, R, 2>(a, row_step, inner_step, b + j, b_stride, inner, out + j, out_stride);
   for (; j < columns; j += lanes)
     multiply_block<T, R, 1>(a, row_step, inner_step, b + j, b_stride, inner, out + j, out_stride);
 }
@@ -76,18 +78,21 @@ class Positions {
     const int64_t n = shape.positions();
     for (int d = 0; d < 3; ++d) {
       if (shape.size[d] < 2) continue;
+      axes_.push_back(d);
       has_next_[d].resize(n);
       for (int64_t i = 0; i < n; ++i)
         has_next_[d][i] = i / step_[d] % shape.size[d] + 1 < shape.size[d] ? T(1) : T(0);
     }
   }
 
-  bool axis(int d) const { return !has_next_[d].empty(); }
+  // The axes along which a position can have a neighbour, 0 to 3 of them.
+  const std::vector<int>& axes() const { return axes_; }
   int64_t step(int d) const { return step_[d]; }
   const T* has_next(int d) const { return has_next_[d].data(); }
 
  private:
   int64_t step_[3];
+  std::vector<int> axes_;
   std::vector<T> has_next_[3];
 };
 
@@ -138,42 +143,70 @@ T sign(T value) {
   return T(value > T(0)) - T(value < T(0));
 }
 
+// Sum over the channels of |next - here|, for A neighbours at once. A missing neighbour is `here` itself.
+template <class T, int A>
+T row_edge_sum(const T* here, const T* const (&next)[3], int64_t channels) {
+  T sum = 0;
+  const T *first = next[0], *second = next[A > 1 ? 1 : 0], *third = next[A > 2 ? 2 : 0];
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < channels; ++c) {
+    sum += std::abs(first[c] - here[c]);
+    if (A > 1) sum += std::abs(second[c] - here[c]);
+    if (A > 2) sum += std::abs(third[c] - here[c]);
+  }
+  return sum;
+}
+
+// out[c] += factor * (sign(here - previous) - sign(next - here)), summed over A axes.
+template <class T, int A>
+void add_row_edge_gradient(const T* here, const T* const (&next)[3], const T* const (&previous)[3], int64_t channels,
+                           T factor, T* out) {
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    T slope = 0;
+    for (int a = 0; a < A; ++a) slope += sign(here[c] - previous[a][c]) - sign(next[a][c] - here[c]);
+    out[c] += factor * slope;
+  }
+}
+
 // Sum of |forward differences| of the range [begin, end) of one sample, over all axes and channels.
 template <class T>
 double edge_sum(const View<const T>& view, const std::vector<int64_t>& offsets, const Positions<T>& positions,
                 const Range& range) {
   const T* base = view.data + range.sample * view.batch_stride;
-  const int64_t total_positions = view.shape.positions();
-  const bool dense = view.positions_lie_apart_by(1);
+  const int64_t channels = view.shape.channels;
+  const int axes = int(positions.axes().size());
   double total = 0;
-  for (int d = 0; d < 3; ++d) {
-    if (!positions.axis(d)) continue;
+  if (view.channel_stride == 1) {
+    for (int64_t n = range.begin; n < range.end; ++n) {
+      const T* here = base + offsets[n];
+      const T* next[3];
+      for (int a = 0; a < axes; ++a) {
+        const int d = positions.axes()[a];
+        next[a] = positions.has_next(d)[n] != T(0) ? base + offsets[n + positions.step(d)] : here;
+      }
+      if (axes == 1) total += row_edge_sum<T, 1>(here, next, channels);
+      if (axes == 2) total += row_edge_sum<T, 2>(here, next, channels);
+      if (axes == 3) total += row_edge_sum<T, 3>(here, next, channels);
+    }
+    return total;
+  }
+  const bool dense = view.positions_lie_apart_by(1);
+  for (const int d : positions.axes()) {
     const int64_t step = positions.step(d);
     const T* has_next = positions.has_next(d);
-    const int64_t end = std::min(range.end, total_positions - step);
-    if (view.channel_stride == 1) {
-      for (int64_t n = range.begin; n < end; ++n) {
-        if (has_next[n] == T(0)) continue;
-        const T* here = base + offsets[n];
-        const T* next = base + offsets[n + step];
-        T sum = 0;
+    const int64_t end = std::min(range.end, view.shape.positions() - step);
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* plane = base + c * view.channel_stride;
+      T sum = 0;
+      if (dense) {
 #pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < view.shape.channels; ++c) sum += std::abs(next[c] - here[c]);
-        total += sum;
+        for (int64_t n = range.begin; n < end; ++n) sum += has_next[n] * std::abs(plane[n + step] - plane[n]);
+      } else {
+        for (int64_t n = range.begin; n < end; ++n)
+          sum += has_next[n] * std::abs(plane[offsets[n + step]] - plane[offsets[n]]);
       }
-    } else {
-      for (int64_t c = 0; c < view.shape.channels; ++c) {
-        const T* plane = base + c * view.channel_stride;
-        T sum = 0;
-        if (dense) {
-#pragma omp simd reduction(+ : sum)
-          for (int64_t n = range.begin; n < end; ++n) sum += has_next[n] * std::abs(plane[n + step] - plane[n]);
-        } else {
-          for (int64_t n = range.begin; n < end; ++n)
-            sum += has_next[n] * std::abs(plane[offsets[n + step]] - plane[offsets[n]]);
-        }
-        total += sum;
-      }
+      total += sum;
     }
   }
   return total;
@@ -187,47 +220,51 @@ void add_edge_gradient(const View<const T>& view, const std::vector<int64_t>& of
   const T* base = view.data + sample * view.batch_stride;
   T* target = out.data + sample * out.batch_stride;
   const int64_t channels = view.shape.channels;
-  const bool channels_inside = view.channel_stride == 1 && out.channel_stride == 1;
-  const bool dense = view.positions_lie_apart_by(1);
-  for (int d = 0; d < 3; ++d) {
-    if (!positions.axis(d)) continue;
-    const int64_t step = positions.step(d);
-    const T* has_next = positions.has_next(d);
-    if (channels_inside) {
-      for (int64_t n = begin; n < begin + rows; ++n) {
-        const T* here = base + offsets[n];
-        T* result = target + out_offsets[n];
-        if (has_next[n] != T(0)) {
-          const T* next = base + offsets[n + step];
-          for (int64_t c = 0; c < channels; ++c) result[c] -= factor * sign(next[c] - here[c]);
-        }
-        if (n >= step && has_next[n - step] != T(0)) {
-          const T* previous = base + offsets[n - step];
-          for (int64_t c = 0; c < channels; ++c) result[c] += factor * sign(here[c] - previous[c]);
-        }
+  const int axes = int(positions.axes().size());
+  if (view.channel_stride == 1 && out.channel_stride == 1) {
+    for (int64_t n = begin; n < begin + rows; ++n) {
+      const T* here = base + offsets[n];
+      const T *next[3], *previous[3];
+      for (int a = 0; a < axes; ++a) {
+        const int d = positions.axes()[a];
+        const int64_t step = positions.step(d);
+        const T* has_next = positions.has_next(d);
+        next[a] = has_next[n] != T(0) ? base + offsets[n + step] : here;
+        previous[a] = n >= step && has_next[n - step] != T(0) ? base + offsets[n - step] : here;
       }
-    } else {
-      // Without branches, so that the loops over positions vectorise when those lie side by side in memory.
+      T* result = target + out_offsets[n];
+      if (axes == 1) add_row_edge_gradient<T, 1>(here, next, previous, channels, factor, result);
+      if (axes == 2) add_row_edge_gradient<T, 2>(here, next, previous, channels, factor, result);
+      if (axes == 3) add_row_edge_gradient<T, 3>(here, next, previous, channels, factor, result);
+    }
+    return;
+  }
+  // Without branches, so that the loops over positions vectorise when those lie side by side in memory.
+  const bool dense = view.positions_lie_apart_by(1), dense_out = out.positions_lie_apart_by(1);
+  const int64_t* at = offsets.data() + begin;
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* plane = base + c * view.channel_stride;
+    T slope[kTile] = {};
+    for (const int d : positions.axes()) {
+      const int64_t step = positions.step(d);
+      const T* link = positions.has_next(d) + begin;
       const int64_t with_next = std::min(rows, view.shape.positions() - step - begin);
       const int64_t with_previous = std::max<int64_t>(0, step - begin);
-      const int64_t* at = offsets.data() + begin;
-      const T* link = has_next + begin;
-      for (int64_t c = 0; c < channels; ++c) {
-        const T* plane = base + c * view.channel_stride;
-        T slope[kTile] = {};
-        if (dense) {
-          const T* here = plane + begin;
-          for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(here[r + step] - here[r]);
-          for (int64_t r = with_previous; r < rows; ++r)
-            slope[r] += link[r - step] * sign(here[r] - here[r - step]);
-        } else {
-          for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(plane[at[r + step]] - plane[at[r]]);
-          for (int64_t r = with_previous; r < rows; ++r)
-            slope[r] += link[r - step] * sign(plane[at[r]] - plane[at[r - step]]);
-        }
-        T* result = target + c * out.channel_stride;
-        for (int64_t r = 0; r < rows; ++r) result[out_offsets[begin + r]] += factor * slope[r];
+      if (dense) {
+        const T* here = plane + begin;
+        for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(here[r + step] - here[r]);
+        for (int64_t r = with_previous; r < rows; ++r) slope[r] += link[r - step] * sign(here[r] - here[r - step]);
+      } else {
+        for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(plane[at[r + step]] - plane[at[r]]);
+        for (int64_t r = with_previous; r < rows; ++r)
+          slope[r] += link[r - step] * sign(plane[at[r]] - plane[at[r - step]]);
       }
+    }
+    T* result = target + c * out.channel_stride;
+    if (dense_out) {
+      for (int64_t r = 0; r < rows; ++r) result[begin + r] += factor * slope[r];
+    } else {
+      for (int64_t r = 0; r < rows; ++r) result[out_offsets[begin + r]] += factor * slope[r];
     }
   }
 }
