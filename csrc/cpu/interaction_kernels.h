@@ -20,52 +20,143 @@ int64_t padded(int64_t columns) {
   return (columns + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
 }
 
-// out[r][j] += sum_k a[r * row_step + k * inner_step] * b[k][j] for R rows and V vectors of columns.
-template <class T, int R, int V>
-inline void multiply_block(const T* a, int64_t row_step, int64_t inner_step, const T* b, int64_t b_stride,
-                           int64_t inner, T* out, int64_t out_stride) {
+// The left operand of a product: element (r, k) lies at data[r * row_step + k * inner_step].
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row_step;
+  int64_t inner_step;
+};
+
+// The right operand: element (k, j) lies at data[k * stride + j], and its rows are whole vectors.
+template <class T>
+struct Right {
+  const T* data;
+  int64_t stride;
+};
+
+// A block of R rows and V vectors of columns of the product stays in registers; `finish` starts it and disposes of it.
+template <class T, int R, int V, class Finish>
+inline void multiply_block(Left<T> a, Right<T> b, int64_t inner, int64_t row, int64_t column, const Finish& finish) {
   using vector = typename Lanes<T>::vector;
   constexpr int64_t lanes = Lanes<T>::count;
+  const T *left = a.data + row * a.row_step, *right = b.data + column;
   vector sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = *reinterpret_cast<const vector*>(out + r * out_stride + v * lanes);
+    for (int v = 0; v < V; ++v) sum[r][v] = finish.start(row + r, column + v * lanes);
   for (int64_t k = 0; k < inner; ++k) {
-    vector column[V];
-    for (int v = 0; v < V; ++v) column[v] = *reinterpret_cast<const vector*>(b + k * b_stride + v * lanes);
+    vector columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = *reinterpret_cast<const vector*>(right + k * b.stride + v * lanes);
     for (int r = 0; r < R; ++r) {
-      const T factor = a[r * row_step + k * inner_step];
-      for (int v = 0; v < V; ++v) sum[r][v] += factor * column[v];
+      const T factor = left[r * a.row_step + k * a.inner_step];
+      for (int v = 0; v < V; ++v) sum[r][v] += factor * columns[v];
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) *reinterpret_cast<vector*>(out + r * out_stride + v * lanes) = sum[r][v];
+  for (int v = 0; v < V; ++v) {
+    vector of_rows[R];
+    for (int r = 0; r < R; ++r) of_rows[r] = sum[r][v];
+    finish.template end<R>(row, column + v * lanes, of_rows);
+  }
 }
 
-template <class T, int R>
-inline void multiply_rows(const T* a, int64_t row_step, int64_t inner_step, const T* b, int64_t b_stride,
-                          int64_t inner, int64_t columns, T* out, int64_t out_stride) {
+template <class T, int R, class Finish>
+inline void multiply_rows(Left<T> a, Right<T> b, int64_t inner, int64_t row, int64_t columns, const Finish& finish) {
   constexpr int64_t lanes = Lanes<T>::count;
   int64_t j = 0;
   for (; j + kVectors * lanes <= columns; j += kVectors * lanes)
-    multiply_block<T, R, kVectors>(a, row_step, inner_step, b + j, b_stride, inner, out + j, out_stride);
-  for (; j + 2 * lanes <= columns; j += 2 * lanes)
-    multiply_block<T, R, 2>(a, row_step, inner_step, b + j, b_stride, inner, out + j, out_stride);
-  for (; j < columns; j += lanes)
-    multiply_block<T, R, 1>(a, row_step, inner_step, b + j, b_stride, inner, out + j, out_stride);
+    multiply_block<T, R, kVectors>(a, b, inner, row, j, finish);
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) multiply_block<T, R, 2>(a, b, inner, row, j, finish);
+  for (; j < columns; j += lanes) multiply_block<T, R, 1>(a, b, inner, row, j, finish);
 }
 
-// out += A B, A read through two strides; `columns` is a whole number of vectors.
-template <class T>
-void multiply(const T* a, int64_t row_step, int64_t inner_step, const T* b, int64_t b_stride, int64_t rows,
-              int64_t inner, int64_t columns, T* out, int64_t out_stride) {
+// The product of A [rows, inner] and B [inner, columns]; `columns` is a whole number of vectors.
+template <class T, class Finish>
+void multiply(Left<T> a, Right<T> b, int64_t rows, int64_t inner, int64_t columns, const Finish& finish) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    multiply_rows<T, kRows>(a + r * row_step, row_step, inner_step, b, b_stride, inner, columns,
-                            out + r * out_stride, out_stride);
-  for (; r < rows; ++r)
-    multiply_rows<T, 1>(a + r * row_step, row_step, inner_step, b, b_stride, inner, columns,
-                        out + r * out_stride, out_stride);
+  for (; r + kRows <= rows; r += kRows) multiply_rows<T, kRows>(a, b, inner, r, columns, finish);
+  for (; r < rows; ++r) multiply_rows<T, 1>(a, b, inner, r, columns, finish);
 }
+
+template <class T>
+inline typename Lanes<T>::vector& vector_at(T* data) {
+  return *reinterpret_cast<typename Lanes<T>::vector*>(data);
+}
+
+template <class T>
+inline const typename Lanes<T>::vector& vector_at(const T* data) {
+  return *reinterpret_cast<const typename Lanes<T>::vector*>(data);
+}
+
+// out += product, or out = product.
+template <class T, bool kAdd>
+struct Store {
+  using vector = typename Lanes<T>::vector;
+  T* out;
+  int64_t stride;
+
+  vector start(int64_t row, int64_t column) const {
+    return kAdd ? vector_at(out + row * stride + column) : vector{};
+  }
+  template <int R>
+  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
+    for (int r = 0; r < R; ++r) vector_at(out + (row + r) * stride + column) = sum[r];
+  }
+};
+
+// out = ReLU(product + bias).
+template <class T>
+struct StoreReLU {
+  using vector = typename Lanes<T>::vector;
+  const T* bias;
+  T* out;
+  int64_t stride;
+
+  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
+  template <int R>
+  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
+    for (int r = 0; r < R; ++r) vector_at(out + (row + r) * stride + column) = sum[r] < T(0) ? vector{} : sum[r];
+  }
+};
+
+// total += ReLU(product + bias), summed over the rows: the product itself never reaches memory.
+template <class T>
+struct PoolReLU {
+  using vector = typename Lanes<T>::vector;
+  const T* bias;
+  T* total;
+
+  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
+  template <int R>
+  void end(int64_t, int64_t column, const vector (&sum)[R]) const {
+    vector pooled = vector_at(total + column);
+    for (int r = 0; r < R; ++r) pooled += sum[r] < T(0) ? vector{} : sum[r];  // lets NaN through, as torch does
+    vector_at(total + column) = pooled;
+  }
+};
+
+// out = gradient where product + bias > 0, else 0; total += out, summed over the rows.
+template <class T>
+struct ReLUGradient {
+  using vector = typename Lanes<T>::vector;
+  const T* bias;
+  const T* gradient;
+  T* out;
+  int64_t stride;
+  T* total;
+
+  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
+  template <int R>
+  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
+    const vector value = vector_at(gradient + column);
+    vector all = vector_at(total + column);
+    for (int r = 0; r < R; ++r) {
+      const vector kept = sum[r] > T(0) ? value : vector{};
+      vector_at(out + (row + r) * stride + column) = kept;
+      all += kept;
+    }
+    vector_at(total + column) = all;
+  }
+};
 
 // Where each position of a view lies, and which positions have a successor along each axis.
 template <class T>
@@ -284,15 +375,41 @@ struct SoftmaxSum {
   }
 };
 
-// hidden[r][j] = ReLU(sum_c tile[r][c] * weight_by_channel[c][j] + bias[j]), zero in the padding.
+// Rows of positions of a view as operands of a product: in place where memory allows, else packed into `tile`.
 template <class T>
-void context_tile(const T* tile, int64_t tile_stride, const std::vector<T>& weight_by_channel, const T* bias,
-                  int64_t rows, int64_t channels, int64_t hidden, int64_t hidden_stride, T* out) {
-  std::fill(out, out + rows * hidden_stride, T(0));
-  for (int64_t r = 0; r < rows; ++r) std::copy(bias, bias + hidden, out + r * hidden_stride);
-  multiply(tile, tile_stride, int64_t(1), weight_by_channel.data(), hidden_stride, rows, channels, hidden_stride,
-           out, hidden_stride);
-  for (int64_t i = 0; i < rows * hidden_stride; ++i) out[i] = std::max(out[i], T(0));
+class Rows {
+ public:
+  Rows(const View<const T>& view, const std::vector<int64_t>& offsets)
+      : view_(view), offsets_(offsets), step_(view.shape.positions() > 1 ? offsets[1] - offsets[0] : 0) {
+    even_ = view.positions_lie_apart_by(step_);
+    whole_ = even_ && view.channel_stride == 1 && view.shape.channels % Lanes<T>::count == 0;
+  }
+
+  Left<T> left(int64_t sample, int64_t begin, int64_t rows, T* tile, int64_t stride) const {
+    if (even_) return {view_.data + sample * view_.batch_stride + offsets_[begin], step_, view_.channel_stride};
+    load_tile(view_, offsets_, sample, begin, rows, tile, stride);
+    return {tile, stride, 1};
+  }
+
+  Right<T> right(int64_t sample, int64_t begin, int64_t rows, T* tile, int64_t stride) const {
+    if (whole_) return {view_.data + sample * view_.batch_stride + offsets_[begin], step_};
+    load_tile(view_, offsets_, sample, begin, rows, tile, stride);
+    return {tile, stride};
+  }
+
+ private:
+  const View<const T>& view_;
+  const std::vector<int64_t>& offsets_;
+  int64_t step_;
+  bool even_;
+  bool whole_;  // rows are whole vectors
+};
+
+template <class T>
+std::vector<T> with_padding(const T* values, int64_t count, int64_t size) {
+  std::vector<T> result(size, T(0));
+  std::copy(values, values + count, result.begin());
+  return result;
 }
 
 template <class T>
@@ -303,6 +420,52 @@ std::vector<T> transposed(const T* matrix, int64_t rows, int64_t columns, int64_
   return result;
 }
 
+// Sums of (value - shift) and of its square over a range: no cancellation when the mean is far from zero.
+template <class T>
+void add_moments(const View<const T>& view, const std::vector<int64_t>& offsets, const Range& range, const T* shift,
+                 double* sums, double* squares) {
+  const int64_t channels = view.shape.channels;
+  const T* base = view.data + range.sample * view.batch_stride;
+  if (view.channel_stride == 1) {
+    std::vector<T> sum(channels), square(channels);
+    for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
+      std::fill(sum.begin(), sum.end(), T(0));
+      std::fill(square.begin(), square.end(), T(0));
+      for (int64_t n = begin; n < std::min(begin + kTile, range.end); ++n) {
+        const T* row = base + offsets[n];
+        for (int64_t c = 0; c < channels; ++c) sum[c] += row[c] - shift[c];
+        if (squares)
+          for (int64_t c = 0; c < channels; ++c) square[c] += (row[c] - shift[c]) * (row[c] - shift[c]);
+      }
+      for (int64_t c = 0; c < channels; ++c) sums[c] += sum[c];
+      if (squares)
+        for (int64_t c = 0; c < channels; ++c) squares[c] += square[c];
+    }
+    return;
+  }
+  const bool dense = view.positions_lie_apart_by(1);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* plane = base + c * view.channel_stride;
+    const T origin = shift[c];
+    T sum = 0, square = 0;
+    if (dense) {
+#pragma omp simd reduction(+ : sum, square)
+      for (int64_t n = range.begin; n < range.end; ++n) {
+        sum += plane[n] - origin;
+        square += (plane[n] - origin) * (plane[n] - origin);
+      }
+    } else {
+      for (int64_t n = range.begin; n < range.end; ++n) {
+        const T difference = plane[offsets[n]] - origin;
+        sum += difference;
+        square += difference * difference;
+      }
+    }
+    sums[c] += sum;
+    if (squares) squares[c] += square;
+  }
+}
+
 template <class T>
 void statistics(const View<const T>& seg, const Context<T>& context, const Statistics<T>& out, int threads) {
   const int64_t channels = seg.shape.channels, hidden = context.hidden, count = seg.shape.positions();
@@ -310,8 +473,12 @@ void statistics(const View<const T>& seg, const Context<T>& context, const Stati
   const Partition partition(seg.shape, kTile);
   const Positions<T> positions(seg.shape);
   const std::vector<int64_t> offsets = offsets_of(seg);
-  const std::vector<T> weight =
-      hidden ? transposed(context.weight, hidden, channels, hidden_stride) : std::vector<T>();
+  const Rows<T> seg_rows(seg, offsets);
+  std::vector<T> weight, bias;
+  if (hidden) {
+    weight = transposed(context.weight, hidden, channels, hidden_stride);
+    bias = with_padding(context.bias, hidden, hidden_stride);
+  }
 
   const int64_t ranges = partition.ranges();
   std::vector<double> sums(ranges * channels), squares(out.variance ? ranges * channels : 0);
@@ -321,54 +488,40 @@ void statistics(const View<const T>& seg, const Context<T>& context, const Stati
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t index = 0; index < ranges; ++index) {
     const Range range = partition.range(index);
-    std::vector<T> tile(kTile * channel_stride), activations(kTile * hidden_stride), shift(channels);
-    std::vector<T> tile_sum(channels), tile_square(channels), tile_pooled(hidden), position_weight(kTile);
-    // Sums of differences from the sample's first position: no cancellation when the mean is far from zero.
-    load_tile(seg, offsets, range.sample, 0, 1, tile.data(), channel_stride);
-    std::copy(tile.begin(), tile.begin() + channels, shift.begin());
+    std::vector<T> tile(hidden ? kTile * channel_stride : 0), shift(channels);
+    std::vector<T> activations(context.pool_weight ? kTile * hidden_stride : 0), tile_pooled(hidden_stride);
+    const T* first = seg.data + range.sample * seg.batch_stride;
+    for (int64_t c = 0; c < channels; ++c) shift[c] = first[c * seg.channel_stride];
+    double* range_pooled = pooled.data() + index * hidden;
 
     for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
       const int64_t rows = std::min(kTile, range.end - begin);
-      load_tile(seg, offsets, range.sample, begin, rows, tile.data(), channel_stride);
-      std::fill(tile_sum.begin(), tile_sum.end(), T(0));
-      std::fill(tile_square.begin(), tile_square.end(), T(0));
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* row = tile.data() + r * channel_stride;
-        for (int64_t c = 0; c < channels; ++c) {
-          const T difference = row[c] - shift[c];
-          tile_sum[c] += difference;
-          tile_square[c] += difference * difference;
-        }
-      }
-      for (int64_t c = 0; c < channels; ++c) sums[index * channels + c] += tile_sum[c];
-      if (out.variance)
-        for (int64_t c = 0; c < channels; ++c) squares[index * channels + c] += tile_square[c];
+      add_moments(seg, offsets, Range{range.sample, begin, begin + rows}, shift.data(), &sums[index * channels],
+                  out.variance ? &squares[index * channels] : nullptr);
       if (!hidden) continue;
-
-      context_tile(tile.data(), channel_stride, weight, context.bias, rows, channels, hidden, hidden_stride,
-                   activations.data());
-      std::fill(position_weight.begin(), position_weight.end(), T(1));
-      double* range_pooled = pooled.data() + index * hidden;
-      if (context.pool_weight) {
-        T top = -std::numeric_limits<T>::infinity();
+      const Left<T> left = seg_rows.left(range.sample, begin, rows, tile.data(), channel_stride);
+      const Right<T> right{weight.data(), hidden_stride};
+      std::fill(tile_pooled.begin(), tile_pooled.end(), T(0));
+      if (!context.pool_weight) {
+        multiply(left, right, rows, channels, hidden_stride, PoolReLU<T>{bias.data(), tile_pooled.data()});
+      } else {
+        multiply(left, right, rows, channels, hidden_stride,
+                 StoreReLU<T>{bias.data(), activations.data(), hidden_stride});
+        T logits[kTile], top = -std::numeric_limits<T>::infinity();
         for (int64_t r = 0; r < rows; ++r) {
           T logit = 0;
-          for (int64_t j = 0; j < hidden; ++j)
-            logit += context.pool_weight[j] * activations[r * hidden_stride + j];
-          position_weight[r] = logit;
+          for (int64_t j = 0; j < hidden; ++j) logit += context.pool_weight[j] * activations[r * hidden_stride + j];
+          logits[r] = logit;
           top = std::max(top, logit);
         }
         const double shrink = softmax[index].raise(top);
         for (int64_t j = 0; j < hidden; ++j) range_pooled[j] *= shrink;
         for (int64_t r = 0; r < rows; ++r) {
-          position_weight[r] = T(std::exp(position_weight[r] - softmax[index].top));
-          softmax[index].weight += position_weight[r];
+          const T share = T(std::exp(logits[r] - softmax[index].top));
+          softmax[index].weight += share;
+          for (int64_t j = 0; j < hidden; ++j) tile_pooled[j] += share * activations[r * hidden_stride + j];
         }
       }
-      std::fill(tile_pooled.begin(), tile_pooled.end(), T(0));
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < hidden; ++j)
-          tile_pooled[j] += position_weight[r] * activations[r * hidden_stride + j];
       for (int64_t j = 0; j < hidden; ++j) range_pooled[j] += tile_pooled[j];
     }
     if (out.edges) edges[index] = edge_sum(seg, offsets, positions, range);
@@ -524,21 +677,26 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
   const int64_t stride = padded<T>(channels), hidden_stride = padded<T>(hidden);
   const Partition partition(seg.shape, kTile);
   const Positions<T> positions(seg.shape);
-  std::vector<T> weight_by_channel, weight_rows;
+  std::vector<T> weight_by_channel, weight_rows, bias;
   if (hidden) {
     weight_by_channel = transposed(context.weight, hidden, channels, hidden_stride);
+    bias = with_padding(context.bias, hidden, hidden_stride);
     weight_rows.assign(hidden * stride, T(0));
     for (int64_t j = 0; j < hidden; ++j)
       std::copy(context.weight + j * channels, context.weight + (j + 1) * channels, &weight_rows[j * stride]);
   }
   const std::vector<int64_t> offsets[3] = {offsets_of(seg), offsets_of(grad), offsets_of(out)};
+  const Rows<T> seg_rows(seg, offsets[0]);
+  // Rows of the result that are whole vectors take their products in place.
+  const bool whole_rows = out.channel_stride == 1 && out.positions_lie_apart_by(channels) && channels == stride;
   const int64_t groups = partition.groups();
   std::vector<T> weight_sum(groups * hidden * stride);
   std::vector<double> bias_sum(groups * hidden), pool_sum(context.pool_weight ? groups * hidden : 0);
 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
-    std::vector<T> tile(kTile * stride), result(kTile * stride), activations(kTile * hidden_stride), tile_bias(hidden);
+    std::vector<T> tile(hidden ? kTile * stride : 0), result(hidden && !whole_rows ? kTile * stride : 0);
+    std::vector<T> activations(kTile * hidden_stride), tile_bias(hidden_stride), pooled_share(hidden_stride);
     std::vector<T> constant(channels), slope(channels), centre(channels);
     for (int64_t index = partition.group_begin(group); index < partition.group_end(group); ++index) {
       const Range range = partition.range(index);
@@ -555,6 +713,8 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
         constant[c] = gradient.mean[v] / T(count);
       }
 
+      for (int64_t j = 0; j < hidden; ++j) pooled_share[j] = pooled_gradient[j] / T(count);
+
       for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
         const int64_t rows = std::min(kTile, range.end - begin);
         const T *value = seg.data + b * seg.batch_stride, *up = grad.data + b * grad.batch_stride;
@@ -568,39 +728,50 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
         if (gradient.edges)
           add_edge_gradient(seg, offsets[0], out, offsets[2], positions, b, begin, rows,
                             gradient.edges[b] / (T(channels) * T(count)));
-        if (hidden) {
-          load_tile(seg, offsets[0], b, begin, rows, tile.data(), stride);
-          context_tile(tile.data(), stride, weight_by_channel, context.bias, rows, channels, hidden,
-                       hidden_stride, activations.data());
-          std::fill(tile_bias.begin(), tile_bias.end(), T(0));
+        if (!hidden) continue;
+
+        const Left<T> left = seg_rows.left(b, begin, rows, tile.data(), stride);
+        const Right<T> by_channel{weight_by_channel.data(), hidden_stride};
+        std::fill(tile_bias.begin(), tile_bias.end(), T(0));
+        if (!context.pool_weight) {
+          multiply(left, by_channel, rows, channels, hidden_stride,
+                   ReLUGradient<T>{bias.data(), pooled_share.data(), activations.data(), hidden_stride,
+                                   tile_bias.data()});
+        } else {
+          multiply(left, by_channel, rows, channels, hidden_stride,
+                   StoreReLU<T>{bias.data(), activations.data(), hidden_stride});
           for (int64_t r = 0; r < rows; ++r) {
             T* active = activations.data() + r * hidden_stride;
-            T share = T(1) / T(count), logit_gradient = 0;
-            if (context.pool_weight) {
-              T logit = 0, dot = 0;
-              for (int64_t j = 0; j < hidden; ++j) {
-                logit += context.pool_weight[j] * active[j];
-                dot += pooled_gradient[j] * active[j];
-              }
-              share = std::exp(logit - saved.log_sum_exp[b]);
-              logit_gradient = share * (dot - pooled_dot);
-              for (int64_t j = 0; j < hidden; ++j) pool_sum[group * hidden + j] += logit_gradient * active[j];
-            }
+            T logit = 0, dot = 0;
             for (int64_t j = 0; j < hidden; ++j) {
-              T value = share * pooled_gradient[j];
-              if (context.pool_weight) value += logit_gradient * context.pool_weight[j];
-              active[j] = active[j] > T(0) ? value : T(0);
+              logit += context.pool_weight[j] * active[j];
+              dot += pooled_gradient[j] * active[j];
+            }
+            const T share = std::exp(logit - saved.log_sum_exp[b]);
+            const T logit_gradient = share * (dot - pooled_dot);
+            for (int64_t j = 0; j < hidden; ++j) pool_sum[group * hidden + j] += logit_gradient * active[j];
+            for (int64_t j = 0; j < hidden; ++j) {
+              const T through = share * pooled_gradient[j] + logit_gradient * context.pool_weight[j];
+              active[j] = active[j] > T(0) ? through : T(0);
               tile_bias[j] += active[j];
             }
           }
-          for (int64_t j = 0; j < hidden; ++j) bias_sum[group * hidden + j] += tile_bias[j];
-          std::fill(result.begin(), result.end(), T(0));
-          multiply(activations.data(), hidden_stride, int64_t(1), weight_rows.data(), stride, rows, hidden, stride,
-                   result.data(), stride);
-          add_tile(out, offsets[2], b, begin, rows, result.data(), stride);
-          multiply(activations.data(), int64_t(1), hidden_stride, tile.data(), stride, hidden, rows, stride,
-                   weight_sum.data() + group * hidden * stride, stride);
         }
+        for (int64_t j = 0; j < hidden; ++j) bias_sum[group * hidden + j] += tile_bias[j];
+
+        // seg += activations W, and W's gradient += activations^T seg
+        const Left<T> by_position{activations.data(), hidden_stride, 1};
+        const Right<T> by_hidden{weight_rows.data(), stride};
+        if (whole_rows) {
+          multiply(by_position, by_hidden, rows, hidden, stride,
+                   Store<T, true>{target + offsets[2][begin], channels});
+        } else {
+          multiply(by_position, by_hidden, rows, hidden, stride, Store<T, false>{result.data(), stride});
+          add_tile(out, offsets[2], b, begin, rows, result.data(), stride);
+        }
+        multiply(Left<T>{activations.data(), 1, hidden_stride},
+                 seg_rows.right(b, begin, rows, tile.data(), stride), hidden, rows, stride,
+                 Store<T, true>{weight_sum.data() + group * hidden * stride, stride});
       }
     }
   }

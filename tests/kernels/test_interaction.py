@@ -209,6 +209,19 @@ def test_maps_lower_than_eight_have_no_edge_energy(backend: str) -> None:
         assert (module(dense((3, 4, 8, 9), True), clf).proxies[:, 1] > 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_nan_is_not_hidden(backend: str, pool: str) -> None:
+    module = level(4, pool).eval()
+    seg = dense((2, 4, 9, 9), True)
+    seg[0, 1, 3, 3] = torch.nan
+    with use_backend(backend):
+        result = module(seg, torch.randn(2, 7, dtype=torch.float64))
+    for broken, sound in result:
+        assert broken.isnan().any()
+        assert sound.isfinite().all()
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_tiny_batches(batch: int) -> None:
     module = level(4).eval()
