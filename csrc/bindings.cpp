@@ -67,28 +67,28 @@ void bind_passes(py::module_& module, const std::string& suffix) {
                channel_dot<T>(grad.as<const T>(), seg.as<const T>(), at<T>(out), threads);
              },
              Release());
-  module.def(("statistics_backward_" + suffix).c_str(),
-             [](const Dense& seg, const Dense& grad, uintptr_t scale, int64_t hidden, const Pointers3& context,
-                const Pointers5& saved, const Pointers4& gradient, const Dense& out,
-                const Pointers3& context_gradient, int threads) {
-               statistics_backward<T>(
-                   seg.as<const T>(), grad.as<const T>(), at<const T>(scale), context_of<T>(hidden, context),
-                   {at<const T>(saved[0]), at<const T>(saved[1]), at<const T>(saved[2]), at<const T>(saved[3]),
-                    at<const T>(saved[4])},
-                   {at<const T>(gradient[0]), at<const T>(gradient[1]), at<const T>(gradient[2]),
-                    at<const T>(gradient[3])},
-                   out.as<T>(),
-                   {at<T>(context_gradient[0]), at<T>(context_gradient[1]), at<T>(context_gradient[2])}, threads);
-             },
-             Release());
+  module.def(
+      ("statistics_backward_" + suffix).c_str(),
+      [](const Dense& seg, const Dense& grad, uintptr_t scale, int64_t hidden, const Pointers3& context,
+         const Pointers5& saved, const Pointers4& gradient, const Dense& out, const Pointers3& context_gradient,
+         int threads) {
+        statistics_backward<T>(
+            seg.as<const T>(), grad.as<const T>(), at<const T>(scale), context_of<T>(hidden, context),
+            {at<const T>(saved[0]), at<const T>(saved[1]), at<const T>(saved[2]), at<const T>(saved[3]),
+             at<const T>(saved[4])},
+            {at<const T>(gradient[0]), at<const T>(gradient[1]), at<const T>(gradient[2]), at<const T>(gradient[3])},
+            out.as<T>(), {at<T>(context_gradient[0]), at<T>(context_gradient[1]), at<T>(context_gradient[2])}, threads);
+      },
+      Release());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
   py::class_<Dense>(module, "Dense")
-      .def(py::init([](uintptr_t address, const std::array<int64_t, 5>& size,
-                       const std::array<int64_t, 5>& stride) { return Dense{address, size, stride}; }));
+      .def(py::init([](uintptr_t address, const std::array<int64_t, 5>& size, const std::array<int64_t, 5>& stride) {
+        return Dense{address, size, stride};
+      }));
   module.def("instruction_set", &instruction_set);
   bind_passes<float>(module, "float32");
   bind_passes<double>(module, "float64");

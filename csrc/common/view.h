@@ -24,8 +24,7 @@ struct View {
   int64_t offset(int64_t position) const {
     const int64_t x = position % shape.size[2];
     const int64_t rest = position / shape.size[2];
-    return rest / shape.size[1] * spatial_stride[0] + rest % shape.size[1] * spatial_stride[1] +
-           x * spatial_stride[2];
+    return rest / shape.size[1] * spatial_stride[0] + rest % shape.size[1] * spatial_stride[1] + x * spatial_stride[2];
   }
 
   // True when consecutive positions lie `step` elements apart, so that `offset(n) == n * step`.

@@ -40,11 +40,14 @@ const char* instruction_set() {
 }
 
 #if defined(__x86_64__)
-#define BTINET_DISPATCH(call)                                            \
-  do {                                                                   \
-    if (std::strcmp(instruction_set(), "avx512") == 0) avx512::call;     \
-    else if (std::strcmp(instruction_set(), "avx2") == 0) avx2::call;    \
-    else portable::call;                                                 \
+#define BTINET_DISPATCH(call)                             \
+  do {                                                    \
+    if (std::strcmp(instruction_set(), "avx512") == 0)    \
+      avx512::call;                                       \
+    else if (std::strcmp(instruction_set(), "avx2") == 0) \
+      avx2::call;                                         \
+    else                                                  \
+      portable::call;                                     \
   } while (0)
 #else
 #define BTINET_DISPATCH(call) portable::call
@@ -72,24 +75,13 @@ void channel_dot(const View<const T>& grad, const View<const T>& seg, T* out, in
 }
 
 template <class T>
-void statistics_backward(const View<const T>& seg, const View<const T>& grad, const T* scale,
-                         const Context<T>& context, const Statistics<const T>& saved,
-                         const StatisticsGradient<T>& gradient, const View<T>& out,
+void statistics_backward(const View<const T>& seg, const View<const T>& grad, const T* scale, const Context<T>& context,
+                         const Statistics<const T>& saved, const StatisticsGradient<T>& gradient, const View<T>& out,
                          const ContextGradient<T>& context_gradient, int threads) {
-  BTINET_DISPATCH(
-      statistics_backward(seg, grad, scale, context, saved, gradient, out, context_gradient, threads));
+  BTINET_DISPATCH(statistics_backward(seg, grad, scale, context, saved, gradient, out, context_gradient, threads));
 }
 
-#define BTINET_INSTANTIATE(T)                                                                                 \
-  template void statistics<T>(const View<const T>&, const Context<T>&, const Statistics<T>&, int);           \
-  template void scale_channels<T>(const View<const T>&, const T*, const View<T>&, int);                      \
-  template void interpolate<T>(const View<const T>&, const View<const T>&, const T*, const View<T>&, int);   \
-  template void channel_dot<T>(const View<const T>&, const View<const T>&, T*, int);                         \
-  template void statistics_backward<T>(const View<const T>&, const View<const T>&, const T*,                 \
-                                       const Context<T>&, const Statistics<const T>&,                        \
-                                       const StatisticsGradient<T>&, const View<T>&,                         \
-                                       const ContextGradient<T>&, int);
-BTINET_INSTANTIATE(float)
-BTINET_INSTANTIATE(double)
+BTINET_INSTANTIATE_INTERACTION_PASSES(float)
+BTINET_INSTANTIATE_INTERACTION_PASSES(double)
 
 }  // namespace btinet

@@ -1,364 +1,15 @@
 // The passes, compiled once per instruction set: the including file sets the compiler target, BTINET_ISA (the
-// namespace), BTINET_VECTOR_BYTES and the register block BTINET_ROWS x BTINET_VECTORS of the small GEMM.
+// namespace), BTINET_VECTOR_BYTES and the register block BTINET_ROWS x BTINET_VECTORS of the matrix product.
 // Every standard header comes before that target is set (interaction_prelude.h).
+#pragma once
+
+#include "../common/product.h"
+
+#include "../common/access.h"
+#include "edges.h"
 
 namespace btinet {
 namespace BTINET_ISA {
-
-constexpr int kRows = BTINET_ROWS;
-constexpr int kVectors = BTINET_VECTORS;
-constexpr int64_t kTile = 48;  // positions a tile holds
-
-template <class T>
-struct Lanes {
-  static constexpr int64_t count = BTINET_VECTOR_BYTES / sizeof(T);
-  typedef T vector __attribute__((vector_size(BTINET_VECTOR_BYTES), aligned(alignof(T)), may_alias));
-};
-
-template <class T>
-int64_t padded(int64_t columns) {
-  return (columns + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
-}
-
-// The left operand of a product: element (r, k) lies at data[r * row_step + k * inner_step].
-template <class T>
-struct Left {
-  const T* data;
-  int64_t row_step;
-  int64_t inner_step;
-};
-
-// The right operand: element (k, j) lies at data[k * stride + j], and its rows are whole vectors.
-template <class T>
-struct Right {
-  const T* data;
-  int64_t stride;
-};
-
-// A block of R rows and V vectors of columns of the product stays in registers; `finish` starts it and disposes of it.
-template <class T, int R, int V, class Finish>
-inline void multiply_block(Left<T> a, Right<T> b, int64_t inner, int64_t row, int64_t column, const Finish& finish) {
-  using vector = typename Lanes<T>::vector;
-  constexpr int64_t lanes = Lanes<T>::count;
-  const T *left = a.data + row * a.row_step, *right = b.data + column;
-  vector sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = finish.start(row + r, column + v * lanes);
-  for (int64_t k = 0; k < inner; ++k) {
-    vector columns[V];
-    for (int v = 0; v < V; ++v) columns[v] = *reinterpret_cast<const vector*>(right + k * b.stride + v * lanes);
-    for (int r = 0; r < R; ++r) {
-      const T factor = left[r * a.row_step + k * a.inner_step];
-      for (int v = 0; v < V; ++v) sum[r][v] += factor * columns[v];
-    }
-  }
-  for (int v = 0; v < V; ++v) {
-    vector of_rows[R];
-    for (int r = 0; r < R; ++r) of_rows[r] = sum[r][v];
-    finish.template end<R>(row, column + v * lanes, of_rows);
-  }
-}
-
-template <class T, int R, class Finish>
-inline void multiply_rows(Left<T> a, Right<T> b, int64_t inner, int64_t row, int64_t columns, const Finish& finish) {
-  constexpr int64_t lanes = Lanes<T>::count;
-  int64_t j = 0;
-  for (; j + kVectors * lanes <= columns; j += kVectors * lanes)
-    multiply_block<T, R, kVectors>(a, b, inner, row, j, finish);
-  for (; j + 2 * lanes <= columns; j += 2 * lanes) multiply_block<T, R, 2>(a, b, inner, row, j, finish);
-  for (; j < columns; j += lanes) multiply_block<T, R, 1>(a, b, inner, row, j, finish);
-}
-
-// The product of A [rows, inner] and B [inner, columns]; `columns` is a whole number of vectors.
-template <class T, class Finish>
-void multiply(Left<T> a, Right<T> b, int64_t rows, int64_t inner, int64_t columns, const Finish& finish) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) multiply_rows<T, kRows>(a, b, inner, r, columns, finish);
-  for (; r < rows; ++r) multiply_rows<T, 1>(a, b, inner, r, columns, finish);
-}
-
-template <class T>
-inline typename Lanes<T>::vector& vector_at(T* data) {
-  return *reinterpret_cast<typename Lanes<T>::vector*>(data);
-}
-
-template <class T>
-inline const typename Lanes<T>::vector& vector_at(const T* data) {
-  return *reinterpret_cast<const typename Lanes<T>::vector*>(data);
-}
-
-// out += product, or out = product.
-template <class T, bool kAdd>
-struct Store {
-  using vector = typename Lanes<T>::vector;
-  T* out;
-  int64_t stride;
-
-  vector start(int64_t row, int64_t column) const {
-    return kAdd ? vector_at(out + row * stride + column) : vector{};
-  }
-  template <int R>
-  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
-    for (int r = 0; r < R; ++r) vector_at(out + (row + r) * stride + column) = sum[r];
-  }
-};
-
-// out = ReLU(product + bias).
-template <class T>
-struct StoreReLU {
-  using vector = typename Lanes<T>::vector;
-  const T* bias;
-  T* out;
-  int64_t stride;
-
-  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
-  template <int R>
-  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
-    for (int r = 0; r < R; ++r) vector_at(out + (row + r) * stride + column) = sum[r] < T(0) ? vector{} : sum[r];
-  }
-};
-
-// total += ReLU(product + bias), summed over the rows: the product itself never reaches memory.
-template <class T>
-struct PoolReLU {
-  using vector = typename Lanes<T>::vector;
-  const T* bias;
-  T* total;
-
-  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
-  template <int R>
-  void end(int64_t, int64_t column, const vector (&sum)[R]) const {
-    vector pooled = vector_at(total + column);
-    for (int r = 0; r < R; ++r) pooled += sum[r] < T(0) ? vector{} : sum[r];  // lets NaN through, as torch does
-    vector_at(total + column) = pooled;
-  }
-};
-
-// out = gradient where product + bias > 0, else 0; total += out, summed over the rows.
-template <class T>
-struct ReLUGradient {
-  using vector = typename Lanes<T>::vector;
-  const T* bias;
-  const T* gradient;
-  T* out;
-  int64_t stride;
-  T* total;
-
-  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
-  template <int R>
-  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
-    const vector value = vector_at(gradient + column);
-    vector all = vector_at(total + column);
-    for (int r = 0; r < R; ++r) {
-      const vector kept = sum[r] > T(0) ? value : vector{};
-      vector_at(out + (row + r) * stride + column) = kept;
-      all += kept;
-    }
-    vector_at(total + column) = all;
-  }
-};
-
-// Where each position of a view lies, and which positions have a successor along each axis.
-template <class T>
-class Positions {
- public:
-  explicit Positions(const Shape& shape) {
-    step_[2] = 1;
-    step_[1] = shape.size[2];
-    step_[0] = shape.size[2] * shape.size[1];
-    const int64_t n = shape.positions();
-    for (int d = 0; d < 3; ++d) {
-      if (shape.size[d] < 2) continue;
-      axes_.push_back(d);
-      has_next_[d].resize(n);
-      for (int64_t i = 0; i < n; ++i)
-        has_next_[d][i] = i / step_[d] % shape.size[d] + 1 < shape.size[d] ? T(1) : T(0);
-    }
-  }
-
-  // The axes along which a position can have a neighbour, 0 to 3 of them.
-  const std::vector<int>& axes() const { return axes_; }
-  int64_t step(int d) const { return step_[d]; }
-  const T* has_next(int d) const { return has_next_[d].data(); }
-
- private:
-  int64_t step_[3];
-  std::vector<int> axes_;
-  std::vector<T> has_next_[3];
-};
-
-template <class T>
-std::vector<int64_t> offsets_of(const View<T>& view) {
-  std::vector<int64_t> offsets(view.shape.positions());
-  for (size_t n = 0; n < offsets.size(); ++n) offsets[n] = view.offset(n);
-  return offsets;
-}
-
-// tile[r][c] = view[sample, c, begin + r]; columns beyond the channels are zero.
-template <class T>
-void load_tile(const View<const T>& view, const std::vector<int64_t>& offsets, int64_t sample, int64_t begin,
-               int64_t rows, T* tile, int64_t stride) {
-  const int64_t channels = view.shape.channels;
-  const T* base = view.data + sample * view.batch_stride;
-  if (view.channel_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* source = base + offsets[begin + r];
-      std::copy(source, source + channels, tile + r * stride);
-    }
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t r = 0; r < rows; ++r) tile[r * stride + c] = base[offsets[begin + r] + c * view.channel_stride];
-  }
-  for (int64_t r = 0; r < rows; ++r) std::fill(tile + r * stride + channels, tile + (r + 1) * stride, T(0));
-}
-
-// view[sample, c, begin + r] += tile[r][c].
-template <class T>
-void add_tile(const View<T>& view, const std::vector<int64_t>& offsets, int64_t sample, int64_t begin, int64_t rows,
-              const T* tile, int64_t stride) {
-  const int64_t channels = view.shape.channels;
-  T* base = view.data + sample * view.batch_stride;
-  if (view.channel_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* out = base + offsets[begin + r];
-      for (int64_t c = 0; c < channels; ++c) out[c] += tile[r * stride + c];
-    }
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t r = 0; r < rows; ++r) base[offsets[begin + r] + c * view.channel_stride] += tile[r * stride + c];
-  }
-}
-
-template <class T>
-T sign(T value) {
-  return T(value > T(0)) - T(value < T(0));
-}
-
-// Sum over the channels of |next - here|, for A neighbours at once. A missing neighbour is `here` itself.
-template <class T, int A>
-T row_edge_sum(const T* here, const T* const (&next)[3], int64_t channels) {
-  T sum = 0;
-  const T *first = next[0], *second = next[A > 1 ? 1 : 0], *third = next[A > 2 ? 2 : 0];
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < channels; ++c) {
-    sum += std::abs(first[c] - here[c]);
-    if (A > 1) sum += std::abs(second[c] - here[c]);
-    if (A > 2) sum += std::abs(third[c] - here[c]);
-  }
-  return sum;
-}
-
-// out[c] += factor * (sign(here - previous) - sign(next - here)), summed over A axes.
-template <class T, int A>
-void add_row_edge_gradient(const T* here, const T* const (&next)[3], const T* const (&previous)[3], int64_t channels,
-                           T factor, T* out) {
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    T slope = 0;
-    for (int a = 0; a < A; ++a) slope += sign(here[c] - previous[a][c]) - sign(next[a][c] - here[c]);
-    out[c] += factor * slope;
-  }
-}
-
-// Sum of |forward differences| of the range [begin, end) of one sample, over all axes and channels.
-template <class T>
-double edge_sum(const View<const T>& view, const std::vector<int64_t>& offsets, const Positions<T>& positions,
-                const Range& range) {
-  const T* base = view.data + range.sample * view.batch_stride;
-  const int64_t channels = view.shape.channels;
-  const int axes = int(positions.axes().size());
-  double total = 0;
-  if (view.channel_stride == 1) {
-    for (int64_t n = range.begin; n < range.end; ++n) {
-      const T* here = base + offsets[n];
-      const T* next[3];
-      for (int a = 0; a < axes; ++a) {
-        const int d = positions.axes()[a];
-        next[a] = positions.has_next(d)[n] != T(0) ? base + offsets[n + positions.step(d)] : here;
-      }
-      if (axes == 1) total += row_edge_sum<T, 1>(here, next, channels);
-      if (axes == 2) total += row_edge_sum<T, 2>(here, next, channels);
-      if (axes == 3) total += row_edge_sum<T, 3>(here, next, channels);
-    }
-    return total;
-  }
-  const bool dense = view.positions_lie_apart_by(1);
-  for (const int d : positions.axes()) {
-    const int64_t step = positions.step(d);
-    const T* has_next = positions.has_next(d);
-    const int64_t end = std::min(range.end, view.shape.positions() - step);
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* plane = base + c * view.channel_stride;
-      T sum = 0;
-      if (dense) {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t n = range.begin; n < end; ++n) sum += has_next[n] * std::abs(plane[n + step] - plane[n]);
-      } else {
-        for (int64_t n = range.begin; n < end; ++n)
-          sum += has_next[n] * std::abs(plane[offsets[n + step]] - plane[offsets[n]]);
-      }
-      total += sum;
-    }
-  }
-  return total;
-}
-
-// out[sample, c, begin + r] += factor * d(sum of |forward differences|) / d view[...]; sign(0) = 0.
-template <class T>
-void add_edge_gradient(const View<const T>& view, const std::vector<int64_t>& offsets, const View<T>& out,
-                       const std::vector<int64_t>& out_offsets, const Positions<T>& positions, int64_t sample,
-                       int64_t begin, int64_t rows, T factor) {
-  const T* base = view.data + sample * view.batch_stride;
-  T* target = out.data + sample * out.batch_stride;
-  const int64_t channels = view.shape.channels;
-  const int axes = int(positions.axes().size());
-  if (view.channel_stride == 1 && out.channel_stride == 1) {
-    for (int64_t n = begin; n < begin + rows; ++n) {
-      const T* here = base + offsets[n];
-      const T *next[3], *previous[3];
-      for (int a = 0; a < axes; ++a) {
-        const int d = positions.axes()[a];
-        const int64_t step = positions.step(d);
-        const T* has_next = positions.has_next(d);
-        next[a] = has_next[n] != T(0) ? base + offsets[n + step] : here;
-        previous[a] = n >= step && has_next[n - step] != T(0) ? base + offsets[n - step] : here;
-      }
-      T* result = target + out_offsets[n];
-      if (axes == 1) add_row_edge_gradient<T, 1>(here, next, previous, channels, factor, result);
-      if (axes == 2) add_row_edge_gradient<T, 2>(here, next, previous, channels, factor, result);
-      if (axes == 3) add_row_edge_gradient<T, 3>(here, next, previous, channels, factor, result);
-    }
-    return;
-  }
-  // Without branches, so that the loops over positions vectorise when those lie side by side in memory.
-  const bool dense = view.positions_lie_apart_by(1), dense_out = out.positions_lie_apart_by(1);
-  const int64_t* at = offsets.data() + begin;
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* plane = base + c * view.channel_stride;
-    T slope[kTile] = {};
-    for (const int d : positions.axes()) {
-      const int64_t step = positions.step(d);
-      const T* link = positions.has_next(d) + begin;
-      const int64_t with_next = std::min(rows, view.shape.positions() - step - begin);
-      const int64_t with_previous = std::max<int64_t>(0, step - begin);
-      if (dense) {
-        const T* here = plane + begin;
-        for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(here[r + step] - here[r]);
-        for (int64_t r = with_previous; r < rows; ++r) slope[r] += link[r - step] * sign(here[r] - here[r - step]);
-      } else {
-        for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(plane[at[r + step]] - plane[at[r]]);
-        for (int64_t r = with_previous; r < rows; ++r)
-          slope[r] += link[r - step] * sign(plane[at[r]] - plane[at[r - step]]);
-      }
-    }
-    T* result = target + c * out.channel_stride;
-    if (dense_out) {
-      for (int64_t r = 0; r < rows; ++r) result[begin + r] += factor * slope[r];
-    } else {
-      for (int64_t r = 0; r < rows; ++r) result[out_offsets[begin + r]] += factor * slope[r];
-    }
-  }
-}
 
 // Sum of exp(logit - top) * values over a range of positions, kept stable by the largest logit seen so far.
 struct SoftmaxSum {
@@ -373,36 +24,6 @@ struct SoftmaxSum {
     weight *= factor;
     return factor;
   }
-};
-
-// Rows of positions of a view as operands of a product: in place where memory allows, else packed into `tile`.
-template <class T>
-class Rows {
- public:
-  Rows(const View<const T>& view, const std::vector<int64_t>& offsets)
-      : view_(view), offsets_(offsets), step_(view.shape.positions() > 1 ? offsets[1] - offsets[0] : 0) {
-    even_ = view.positions_lie_apart_by(step_);
-    whole_ = even_ && view.channel_stride == 1 && view.shape.channels % Lanes<T>::count == 0;
-  }
-
-  Left<T> left(int64_t sample, int64_t begin, int64_t rows, T* tile, int64_t stride) const {
-    if (even_) return {view_.data + sample * view_.batch_stride + offsets_[begin], step_, view_.channel_stride};
-    load_tile(view_, offsets_, sample, begin, rows, tile, stride);
-    return {tile, stride, 1};
-  }
-
-  Right<T> right(int64_t sample, int64_t begin, int64_t rows, T* tile, int64_t stride) const {
-    if (whole_) return {view_.data + sample * view_.batch_stride + offsets_[begin], step_};
-    load_tile(view_, offsets_, sample, begin, rows, tile, stride);
-    return {tile, stride};
-  }
-
- private:
-  const View<const T>& view_;
-  const std::vector<int64_t>& offsets_;
-  int64_t step_;
-  bool even_;
-  bool whole_;  // rows are whole vectors
 };
 
 template <class T>
@@ -538,8 +159,7 @@ void statistics(const View<const T>& seg, const Context<T>& context, const Stati
       const T origin = seg.data[b * seg.batch_stride + c * seg.channel_stride];
       const double shifted_mean = sum / count;
       out.mean[b * channels + c] = T(origin + shifted_mean);
-      if (out.variance)
-        out.variance[b * channels + c] = T(std::max(0.0, square / count - shifted_mean * shifted_mean));
+      if (out.variance) out.variance[b * channels + c] = T(std::max(0.0, square / count - shifted_mean * shifted_mean));
     }
     if (out.edges) {
       double sum = 0;
@@ -562,32 +182,6 @@ void statistics(const View<const T>& seg, const Context<T>& context, const Stati
   }
 }
 
-// Calls element(c, offset in first, offset in second, offset in out) with the innermost loop along memory.
-template <class A, class B, class O, class F>
-void for_each_element(const View<A>& first, const View<B>& second, const View<O>& out,
-                      const std::vector<int64_t> (&offsets)[3], const Range& range, const F& element) {
-  const int64_t channels = first.shape.channels;
-  if (first.channel_stride == 1 && second.channel_stride == 1 && out.channel_stride == 1) {
-    for (int64_t n = range.begin; n < range.end; ++n) {
-      const int64_t i = offsets[0][n], j = offsets[1][n], k = offsets[2][n];
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) element(c, i + c, j + c, k + c);
-    }
-  } else if (first.positions_lie_apart_by(1) && second.positions_lie_apart_by(1) &&
-             out.positions_lie_apart_by(1)) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = c * first.channel_stride, j = c * second.channel_stride, k = c * out.channel_stride;
-#pragma omp simd
-      for (int64_t n = range.begin; n < range.end; ++n) element(c, i + n, j + n, k + n);
-    }
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t n = range.begin; n < range.end; ++n)
-        element(c, offsets[0][n] + c * first.channel_stride, offsets[1][n] + c * second.channel_stride,
-                offsets[2][n] + c * out.channel_stride);
-  }
-}
-
 template <class T>
 void scale_channels(const View<const T>& seg, const T* scale, const View<T>& out, int threads) {
   const Partition partition(seg.shape, kTile);
@@ -598,9 +192,8 @@ void scale_channels(const View<const T>& seg, const T* scale, const View<T>& out
     const T* source = seg.data + range.sample * seg.batch_stride;
     const T* factor = scale + range.sample * seg.shape.channels;
     T* target = out.data + range.sample * out.batch_stride;
-    for_each_element(seg, seg, out, offsets, range, [=](int64_t c, int64_t i, int64_t, int64_t k) {
-      target[k] = source[i] * factor[c];
-    });
+    for_each_element(seg, seg, out, offsets, range,
+                     [=](int64_t c, int64_t i, int64_t, int64_t k) { target[k] = source[i] * factor[c]; });
   }
 }
 
@@ -662,16 +255,14 @@ void channel_dot(const View<const T>& grad, const View<const T>& seg, T* out, in
   for (int64_t b = 0; b < seg.shape.batch; ++b)
     for (int64_t c = 0; c < channels; ++c) {
       double sum = 0;
-      for (int64_t i = 0; i < partition.per_sample(); ++i)
-        sum += sums[(b * partition.per_sample() + i) * channels + c];
+      for (int64_t i = 0; i < partition.per_sample(); ++i) sum += sums[(b * partition.per_sample() + i) * channels + c];
       out[b * channels + c] = T(sum);
     }
 }
 
 template <class T>
-void statistics_backward(const View<const T>& seg, const View<const T>& grad, const T* scale,
-                         const Context<T>& context, const Statistics<const T>& saved,
-                         const StatisticsGradient<T>& gradient, const View<T>& out,
+void statistics_backward(const View<const T>& seg, const View<const T>& grad, const T* scale, const Context<T>& context,
+                         const Statistics<const T>& saved, const StatisticsGradient<T>& gradient, const View<T>& out,
                          const ContextGradient<T>& context_gradient, int threads) {
   const int64_t channels = seg.shape.channels, hidden = context.hidden, count = seg.shape.positions();
   const int64_t stride = padded<T>(channels), hidden_stride = padded<T>(hidden);
@@ -734,9 +325,9 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
         const Right<T> by_channel{weight_by_channel.data(), hidden_stride};
         std::fill(tile_bias.begin(), tile_bias.end(), T(0));
         if (!context.pool_weight) {
-          multiply(left, by_channel, rows, channels, hidden_stride,
-                   ReLUGradient<T>{bias.data(), pooled_share.data(), activations.data(), hidden_stride,
-                                   tile_bias.data()});
+          multiply(
+              left, by_channel, rows, channels, hidden_stride,
+              ReLUGradient<T>{bias.data(), pooled_share.data(), activations.data(), hidden_stride, tile_bias.data()});
         } else {
           multiply(left, by_channel, rows, channels, hidden_stride,
                    StoreReLU<T>{bias.data(), activations.data(), hidden_stride});
@@ -763,15 +354,13 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
         const Left<T> by_position{activations.data(), hidden_stride, 1};
         const Right<T> by_hidden{weight_rows.data(), stride};
         if (whole_rows) {
-          multiply(by_position, by_hidden, rows, hidden, stride,
-                   Store<T, true>{target + offsets[2][begin], channels});
+          multiply(by_position, by_hidden, rows, hidden, stride, Store<T, true>{target + offsets[2][begin], channels});
         } else {
           multiply(by_position, by_hidden, rows, hidden, stride, Store<T, false>{result.data(), stride});
           add_tile(out, offsets[2], b, begin, rows, result.data(), stride);
         }
-        multiply(Left<T>{activations.data(), 1, hidden_stride},
-                 seg_rows.right(b, begin, rows, tile.data(), stride), hidden, rows, stride,
-                 Store<T, true>{weight_sum.data() + group * hidden * stride, stride});
+        multiply(Left<T>{activations.data(), 1, hidden_stride}, seg_rows.right(b, begin, rows, tile.data(), stride),
+                 hidden, rows, stride, Store<T, true>{weight_sum.data() + group * hidden * stride, stride});
       }
     }
   }
@@ -792,18 +381,8 @@ void statistics_backward(const View<const T>& seg, const View<const T>& grad, co
   }
 }
 
-#define BTINET_INSTANTIATE(T)                                                                                 \
-  template void statistics<T>(const View<const T>&, const Context<T>&, const Statistics<T>&, int);           \
-  template void scale_channels<T>(const View<const T>&, const T*, const View<T>&, int);                      \
-  template void interpolate<T>(const View<const T>&, const View<const T>&, const T*, const View<T>&, int);   \
-  template void channel_dot<T>(const View<const T>&, const View<const T>&, T*, int);                         \
-  template void statistics_backward<T>(const View<const T>&, const View<const T>&, const T*,                 \
-                                       const Context<T>&, const Statistics<const T>&,                        \
-                                       const StatisticsGradient<T>&, const View<T>&,                         \
-                                       const ContextGradient<T>&, int);
-BTINET_INSTANTIATE(float)
-BTINET_INSTANTIATE(double)
-#undef BTINET_INSTANTIATE
+BTINET_INSTANTIATE_INTERACTION_PASSES(float)
+BTINET_INSTANTIATE_INTERACTION_PASSES(double)
 
 }  // namespace BTINET_ISA
 }  // namespace btinet

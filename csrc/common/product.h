@@ -1,0 +1,159 @@
+// A small register-blocked matrix product whose epilogues do ReLU, pooling and masks. Compiled once per instruction
+// set: the including file has set BTINET_ISA, BTINET_VECTOR_BYTES and the register block BTINET_ROWS x BTINET_VECTORS.
+#pragma once
+
+namespace btinet {
+namespace BTINET_ISA {
+
+constexpr int kRows = BTINET_ROWS;
+constexpr int kVectors = BTINET_VECTORS;
+
+template <class T>
+struct Lanes {
+  static constexpr int64_t count = BTINET_VECTOR_BYTES / sizeof(T);
+  typedef T vector __attribute__((vector_size(BTINET_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+
+template <class T>
+int64_t padded(int64_t columns) {
+  return (columns + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
+}
+
+// The left operand of a product: element (r, k) lies at data[r * row_step + k * inner_step].
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row_step;
+  int64_t inner_step;
+};
+
+// The right operand: element (k, j) lies at data[k * stride + j], and its rows are whole vectors.
+template <class T>
+struct Right {
+  const T* data;
+  int64_t stride;
+};
+
+// A block of R rows and V vectors of columns of the product stays in registers; `finish` starts it and disposes of it.
+template <class T, int R, int V, class Finish>
+inline void multiply_block(Left<T> a, Right<T> b, int64_t inner, int64_t row, int64_t column, const Finish& finish) {
+  using vector = typename Lanes<T>::vector;
+  constexpr int64_t lanes = Lanes<T>::count;
+  const T *left = a.data + row * a.row_step, *right = b.data + column;
+  vector sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = finish.start(row + r, column + v * lanes);
+  for (int64_t k = 0; k < inner; ++k) {
+    vector columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = *reinterpret_cast<const vector*>(right + k * b.stride + v * lanes);
+    for (int r = 0; r < R; ++r) {
+      const T factor = left[r * a.row_step + k * a.inner_step];
+      for (int v = 0; v < V; ++v) sum[r][v] += factor * columns[v];
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    vector of_rows[R];
+    for (int r = 0; r < R; ++r) of_rows[r] = sum[r][v];
+    finish.template end<R>(row, column + v * lanes, of_rows);
+  }
+}
+
+template <class T, int R, class Finish>
+inline void multiply_rows(Left<T> a, Right<T> b, int64_t inner, int64_t row, int64_t columns, const Finish& finish) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  int64_t j = 0;
+  for (; j + kVectors * lanes <= columns; j += kVectors * lanes)
+    multiply_block<T, R, kVectors>(a, b, inner, row, j, finish);
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) multiply_block<T, R, 2>(a, b, inner, row, j, finish);
+  for (; j < columns; j += lanes) multiply_block<T, R, 1>(a, b, inner, row, j, finish);
+}
+
+// The product of A [rows, inner] and B [inner, columns]; `columns` is a whole number of vectors.
+template <class T, class Finish>
+void multiply(Left<T> a, Right<T> b, int64_t rows, int64_t inner, int64_t columns, const Finish& finish) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) multiply_rows<T, kRows>(a, b, inner, r, columns, finish);
+  for (; r < rows; ++r) multiply_rows<T, 1>(a, b, inner, r, columns, finish);
+}
+
+template <class T>
+inline typename Lanes<T>::vector& vector_at(T* data) {
+  return *reinterpret_cast<typename Lanes<T>::vector*>(data);
+}
+
+template <class T>
+inline const typename Lanes<T>::vector& vector_at(const T* data) {
+  return *reinterpret_cast<const typename Lanes<T>::vector*>(data);
+}
+
+// out += product, or out = product.
+template <class T, bool kAdd>
+struct Store {
+  using vector = typename Lanes<T>::vector;
+  T* out;
+  int64_t stride;
+
+  vector start(int64_t row, int64_t column) const { return kAdd ? vector_at(out + row * stride + column) : vector{}; }
+  template <int R>
+  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
+    for (int r = 0; r < R; ++r) vector_at(out + (row + r) * stride + column) = sum[r];
+  }
+};
+
+// out = ReLU(product + bias).
+template <class T>
+struct StoreReLU {
+  using vector = typename Lanes<T>::vector;
+  const T* bias;
+  T* out;
+  int64_t stride;
+
+  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
+  template <int R>
+  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
+    for (int r = 0; r < R; ++r) vector_at(out + (row + r) * stride + column) = sum[r] < T(0) ? vector{} : sum[r];
+  }
+};
+
+// total += ReLU(product + bias), summed over the rows: the product itself never reaches memory.
+template <class T>
+struct PoolReLU {
+  using vector = typename Lanes<T>::vector;
+  const T* bias;
+  T* total;
+
+  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
+  template <int R>
+  void end(int64_t, int64_t column, const vector (&sum)[R]) const {
+    vector pooled = vector_at(total + column);
+    for (int r = 0; r < R; ++r) pooled += sum[r] < T(0) ? vector{} : sum[r];  // lets NaN through, as torch does
+    vector_at(total + column) = pooled;
+  }
+};
+
+// out = gradient where product + bias > 0, else 0; total += out, summed over the rows.
+template <class T>
+struct ReLUGradient {
+  using vector = typename Lanes<T>::vector;
+  const T* bias;
+  const T* gradient;
+  T* out;
+  int64_t stride;
+  T* total;
+
+  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
+  template <int R>
+  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
+    const vector value = vector_at(gradient + column);
+    vector all = vector_at(total + column);
+    for (int r = 0; r < R; ++r) {
+      const vector kept = sum[r] > T(0) ? value : vector{};
+      vector_at(out + (row + r) * stride + column) = kept;
+      all += kept;
+    }
+    vector_at(total + column) = all;
+  }
+};
+
+}  // namespace BTINET_ISA
+}  // namespace btinet
