@@ -46,10 +46,10 @@ double edge_sum(const View<const T>& view, const std::vector<int64_t>& offsets, 
   if (view.channel_stride == 1) {
     for (int64_t n = range.begin; n < range.end; ++n) {
       const T* here = base + offsets[n];
-      const T* next[3];
+      const T* next[3] = {here, here, here};
       for (int a = 0; a < axes; ++a) {
         const int d = positions.axes()[a];
-        next[a] = positions.has_next(d)[n] != T(0) ? base + offsets[n + positions.step(d)] : here;
+        if (positions.has_next(d)[n] != T(0)) next[a] = base + offsets[n + positions.step(d)];
       }
       if (axes == 1) total += row_edge_sum<T, 1>(here, next, channels);
       if (axes == 2) total += row_edge_sum<T, 2>(here, next, channels);
@@ -90,13 +90,14 @@ void add_edge_gradient(const View<const T>& view, const std::vector<int64_t>& of
   if (view.channel_stride == 1 && out.channel_stride == 1) {
     for (int64_t n = begin; n < begin + rows; ++n) {
       const T* here = base + offsets[n];
-      const T *next[3], *previous[3];
+      const T* next[3] = {here, here, here};
+      const T* previous[3] = {here, here, here};
       for (int a = 0; a < axes; ++a) {
         const int d = positions.axes()[a];
         const int64_t step = positions.step(d);
         const T* has_next = positions.has_next(d);
-        next[a] = has_next[n] != T(0) ? base + offsets[n + step] : here;
-        previous[a] = n >= step && has_next[n - step] != T(0) ? base + offsets[n - step] : here;
+        if (has_next[n] != T(0)) next[a] = base + offsets[n + step];
+        if (n >= step && has_next[n - step] != T(0)) previous[a] = base + offsets[n - step];
       }
       T* result = target + out_offsets[n];
       if (axes == 1) add_row_edge_gradient<T, 1>(here, next, previous, channels, factor, result);
