@@ -15,6 +15,7 @@ from typing import Literal, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from btinet import __version__
 from btinet.errors import UserError
 from btinet.training.options import TrainOptions
 
@@ -107,6 +108,7 @@ def _parser() -> ArgumentParser:
         prog="btinet",
         description="Joint segmentation and classification of medical images with decoder-level task interaction.",
         exit_on_error=False,
+        version=__version__,
     )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, build in (
