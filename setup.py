@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
-ParallelCompile("MAX_JOBS", needs_recompile=naive_recompile).install()
+ParallelCompile("MAX_JOBS").install()
 
 sources = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
 
