@@ -42,7 +42,6 @@ def save_checkpoint(
         "model": model.config.to_dict(),
         "classes": list(classes),
         "preprocessing": preprocessing.to_dict(),
-        "threshold": 0.5,
     }
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(folder / WEIGHTS_NAME) as temporary:

@@ -68,10 +68,10 @@ class PyramidEncoder(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        info = net.feature_info
-        self.channels = list(info.channels())  # type: ignore[operator, union-attr]
-        self.reductions = list(info.reduction())  # type: ignore[operator, union-attr]
-        self._modules_of_levels = list(info.module_name())  # type: ignore[operator, union-attr]
+        info: Any = net.feature_info
+        self.channels = list(info.channels())
+        self.reductions = list(info.reduction())
+        self._modules_of_levels = list(info.module_name())
         self._channels_last = str(getattr(net, "output_fmt", "")).endswith("NHWC")
 
     def forward(self, image: Tensor) -> list[Tensor]:

@@ -6,7 +6,6 @@ from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Literal
 
 Preset = Literal["fixed", "paper", "parity"]
-PRESETS = ("fixed", "paper", "parity")
 
 
 def option(default: Any = MISSING, help: str = "") -> Any:

@@ -11,6 +11,7 @@ from torch.library import custom_op
 
 from btinet_kernels.interaction import reference
 from btinet_kernels.interaction.passes_op import (
+    LevelOptions,
     accumulation_dtype,
     channel_dot,
     in_format_of,
@@ -26,17 +27,15 @@ def level_vectors(
     stats: Statistics,
     clf: Tensor,
     packed: Sequence[Tensor],
-    softmax: bool,
-    signals: str,
-    strength: float,
-    training: bool,
-    eps: float,
+    options: LevelOptions,
 ) -> tuple[Tensor, ...]:
     """Scale of the dense stream, new clf, gates, proxies, batch mean, batch variance."""
     dtype = stats.mean.dtype
-    weights, gate = unpack([tensor.to(dtype) for tensor in packed], softmax, signals)
+    weights, gate = unpack([tensor.to(dtype) for tensor in packed], options.softmax, options.signals)
     base = clf.to(dtype)
-    enhanced = reference.enhance(stats, base, weights, strength=strength, training=training, eps=eps)
+    enhanced = reference.enhance(
+        stats, base, weights, strength=options.strength, training=options.training, eps=options.eps
+    )
     if gate is None:
         gates, proxies = base.new_empty(0), base.new_empty(0)
         return (
@@ -47,7 +46,7 @@ def level_vectors(
             enhanced.batch_mean,
             enhanced.batch_var,
         )
-    result = reference.gate_of_level(stats, enhanced, base, gate, signals)  # type: ignore[arg-type]
+    result = reference.gate_of_level(stats, enhanced, base, gate, options.signals)  # type: ignore[arg-type]
     scale = 1 + result.gates[:, :1] * (enhanced.modulation - 1)
     clf_out = base + result.gates[:, 1:] * (enhanced.clf - base)
     return scale, clf_out.to(clf.dtype), *result, enhanced.batch_mean, enhanced.batch_var
@@ -58,22 +57,19 @@ def level_forward(
     seg: Tensor,
     clf: Tensor,
     packed: Sequence[Tensor],
-    softmax: bool,
-    signals: str,
-    strength: float,
-    training: bool,
-    eps: float,
+    options: LevelOptions,
 ) -> tuple[Tensor, ...]:
     """Both passes around the vectors; returns what ``level`` returns. Differentiable where ``passes`` is."""
     with torch.autocast(seg.device.type, enabled=False):
         dense = seg.to(accumulation_dtype(seg))
-        weights = [w.to(dense.dtype) for w in packed[: 3 if softmax else 2]]
-        context = Context(weights[0], weights[1], weights[2] if softmax else None)
-        edges = signals == "proxies" and reference.has_edge_energy(seg)
-        stats = passes.statistics(dense, context, variance=signals == "variance", edges=edges)
-        if signals == "proxies" and not edges:
+        weights = [w.to(dense.dtype) for w in packed[: 3 if options.softmax else 2]]
+        context = Context(weights[0], weights[1], weights[2] if options.softmax else None)
+        proxies = options.signals == "proxies"
+        edges = proxies and reference.has_edge_energy(seg)
+        stats = passes.statistics(dense, context, variance=options.signals == "variance", edges=edges)
+        if proxies and not edges:
             stats = stats._replace(edges=dense.new_zeros(seg.shape[0]))
-        scale, *vectors = level_vectors(stats, clf, packed, softmax, signals, strength, training, eps)
+        scale, *vectors = level_vectors(stats, clf, packed, options)
         return passes.scale_channels(dense, scale).to(seg.dtype), *vectors, scale, *stats
 
 
@@ -92,13 +88,10 @@ def level(
 
     Returns seg, clf, gates, proxies, batch mean and variance (empty in inference), the scale of seg, ``Statistics``.
     """
-    passes = passes_for(seg)
-    out, *rest = level_forward(passes, seg, clf, weights, softmax, signals, strength, training, eps)
-    if not training:
-        rest[3:5] = [
-            rest[5].new_empty(0),
-            rest[5].new_empty(0),
-        ]  # an output may not alias the running statistics
+    options = LevelOptions(softmax, signals, strength, training, eps)
+    out, *rest = level_forward(passes_for(seg), seg, clf, weights, options)
+    if not training:  # an output may not alias the running statistics
+        rest[3:5] = [rest[5].new_empty(0), rest[5].new_empty(0)]
     return in_format_of(seg, out), *rest  # type: ignore[return-value]
 
 
@@ -125,7 +118,8 @@ def _(seg, clf, weights, softmax, signals, strength, training, eps):  # type: ig
 
 
 def _level_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    seg, clf, weights, *ctx.options = inputs
+    seg, clf, weights, *options = inputs
+    ctx.options = LevelOptions(*options)
     scale, stats = output[6], output[7:]
     ctx.save_for_backward(seg, clf, scale, *stats, *weights)
     ctx.mark_non_differentiable(*output[4:])
@@ -135,25 +129,23 @@ def _level_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     seg, clf, scale, *rest = ctx.saved_tensors
     stats, packed = Statistics(*rest[:5]), rest[5:]
     grad_seg, grad_clf_out, grad_gates, grad_proxies = upstream[:4]
-    softmax, signals, strength, training, eps = ctx.options
+    options: LevelOptions = ctx.options
     dtype = stats.mean.dtype
     with torch.autocast(seg.device.type, enabled=False):
-        weights, gate = unpack([tensor.to(dtype) for tensor in packed], softmax, signals)
+        weights, gate = unpack([tensor.to(dtype) for tensor in packed], options.softmax, options.signals)
         gradient = level_backward(
             stats,
             clf.to(dtype),
             weights,
             gate,
-            strength=strength,
-            training=training,
-            eps=eps,
+            options,
             d_scale=channel_dot(grad_seg, seg),
             d_clf_out=grad_clf_out.to(dtype),
             d_gates=grad_gates,
             d_proxies=grad_proxies,
         )
-        context = packed[: 3 if softmax else 2]
-        if signals == "proxies" and not reference.has_edge_energy(seg):
+        context = packed[: 3 if options.softmax else 2]
+        if options.signals == "proxies" and not reference.has_edge_energy(seg):
             gradient.stats[2] = gradient.stats[2].new_empty(0)
         grad_dense, *grad_context = statistics_backward(seg, grad_seg, scale, context, list(stats), gradient.stats)
     vectors = gradient.weights

@@ -1,8 +1,8 @@
 """How autograd sees task interaction: schemas, fake kernels, backward formulas, and the public functions.
 
 Each operator is one custom op: passes over the dense tensor around a function of vectors. The passes come from a
-backend; the vector function is ``reference.py``, its gradient ``vectors_backward.py``. Double
-backward is served by the reference (``use_backend("reference")``); through a fused operator it raises.
+backend; the vector function is in ``reference.py``, its gradient in ``vectors_backward.py``. Double backward is served
+by the reference (``use_backend("reference")``); through a fused operator it raises.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from btinet_kernels.backends import choose
 from btinet_kernels.interaction import reference
 from btinet_kernels.interaction.level_op import level, level_forward
-from btinet_kernels.interaction.passes_op import pack
+from btinet_kernels.interaction.passes_op import LevelOptions, pack
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Signals
 from btinet_kernels.interaction.upa_op import interpolate_forward, interpolation
 
@@ -56,7 +56,8 @@ def fused_tim(
 
     Source: arXiv 2603.01295, equations (1)-(5); arXiv 2606.29102.
     """
-    result = _interact("fused_tim", seg, clf, weights, None, "none", strength, training, momentum, eps)
+    options = LevelOptions(weights.pool_weight is not None, "none", strength, training, eps)
+    result = _interact("fused_tim", seg, clf, weights, None, options, momentum)
     return result.seg, result.clf
 
 
@@ -79,7 +80,9 @@ def fused_task_interaction(
 
     Source: arXiv 2606.29102 (``signals="proxies"``); arXiv 2603.01295, equations (6)-(8) (``"variance"``).
     """
-    return _interact("fused_task_interaction", seg, clf, weights, gate, signals, strength, training, momentum, eps)
+    _check_signals(signals, gate)
+    options = LevelOptions(weights.pool_weight is not None, signals, strength, training, eps)
+    return _interact("fused_task_interaction", seg, clf, weights, gate, options, momentum)
 
 
 def fused_upa(
@@ -123,30 +126,20 @@ def _interact(
     clf: Tensor,
     weights: InteractionWeights,
     gate: GateWeights | None,
-    signals: str,
-    strength: float,
-    training: bool,
+    options: LevelOptions,
     momentum: float,
-    eps: float,
 ) -> InteractionResult:
     _check_streams(seg, clf)
-    if gate is not None:
-        _check_signals(signals, gate)
-    # In training the running statistics are not read, and they change before the backward runs: they stay outside.
-    read = weights._replace(running_mean=seg.new_empty(0), running_var=seg.new_empty(0)) if training else weights
-    arguments = (
-        seg,
-        clf,
-        pack(read, gate),
-        weights.pool_weight is not None,
-        signals,
-        strength,
-        training,
-        eps,
-    )
-    served_by_op = choose(operator, seg) != "reference"
-    outputs = level(*arguments) if served_by_op else level_forward(reference, *arguments)
-    if training:
+    read = weights
+    if options.training:
+        # The running statistics are not read, and they change before the backward runs: they stay outside.
+        read = weights._replace(running_mean=seg.new_empty(0), running_var=seg.new_empty(0))
+    packed = pack(read, gate)
+    if choose(operator, seg) == "reference":
+        outputs = level_forward(reference, seg, clf, packed, options)
+    else:
+        outputs = level(seg, clf, packed, *options)
+    if options.training:
         with torch.no_grad():
             weights.running_mean.lerp_(outputs[4].to(weights.running_mean.dtype), momentum)
             weights.running_var.lerp_(outputs[5].to(weights.running_var.dtype), momentum)

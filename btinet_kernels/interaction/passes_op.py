@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,17 @@ from torch.library import custom_op
 from btinet_kernels.backends import native_missing, native_unsuitable, requested_backend
 from btinet_kernels.interaction import native, reference
 from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
+
+
+class LevelOptions(NamedTuple):
+    """How a level computes; a schema carries the fields one by one."""
+
+    softmax: bool  # the context is pooled by a softmax, so there is a pooling weight
+    signals: str  # "proxies", "variance", or "none" for TIM without a gate
+    strength: float
+    training: bool
+    eps: float
+
 
 # Weights travel through the schema as one list, in the order of their NamedTuples, without those that are None.
 
