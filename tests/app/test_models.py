@@ -12,6 +12,7 @@ from torch import nn
 from btinet import UserError, create_model, list_models
 from btinet.data import default_preprocessing
 from btinet.models import BTINet, load_checkpoint, save_checkpoint
+from btinet.models.network import UpsampleTwice
 
 # Variables per part of the official network as Keras counts them, BatchNorm statistics included (Keras 3.15,
 # EfficientNetB4, 224×224×3, 3 classes); the encoder without the 7 numbers of Keras's input normalisation.
@@ -138,6 +139,21 @@ def test_interaction_connects_the_tasks() -> None:
         (to_mask,) = torch.autograd.grad(model(image).seg_logits.sum(), vector, allow_unused=True)
         assert (to_class is not None and bool(to_class.any())) == connected
         assert (to_mask is not None and bool(to_mask.any())) == connected
+
+
+def test_upsampling_is_aligned_as_in_tensorflow() -> None:
+    """Padding "same" of a transposed convolution: input (i, j) spreads from output (2i, 2j), cut off at the far end."""
+    layer = UpsampleTwice(1, 1)
+    kernel = torch.arange(1.0, 10.0).reshape(3, 3)
+    with torch.no_grad():
+        layer.weight.copy_(kernel[None, None])
+        layer.bias.zero_()  # type: ignore[union-attr]
+        for i, j in ((0, 0), (1, 1)):
+            impulse = torch.zeros(1, 1, 2, 2)
+            impulse[..., i, j] = 1
+            expected = torch.zeros(4, 4)
+            expected[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] = kernel[: 4 - 2 * i, : 4 - 2 * j]
+            assert torch.equal(layer(impulse)[0, 0], expected)
 
 
 def test_frozen_norm_stays_in_inference_mode(small: BTINet) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from btinet import UserError, load_checkpoint
-from btinet.data import read_collection, read_split
+from btinet.data import SegmentationDataset, read_collection, read_split
 from btinet.training.options import TrainOptions
 from btinet.training.train import train
 
@@ -59,6 +59,25 @@ def test_same_seed_same_run_whatever_prepares_the_images(ultrasound: Path, tmp_p
     assert first == second
     other = train(options(ultrasound, tmp_path / "c", seed=8))
     assert metrics(other)[0]["train_loss"] != first[0]["train_loss"]
+
+
+def test_every_epoch_has_its_own_order_and_augmentation(
+    ultrasound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[tuple[int, int]] = []
+    fetch = SegmentationDataset.__getitem__
+
+    def recording(self: SegmentationDataset, key: tuple[int, int] | int) -> dict[str, object]:
+        if self.augmentation is not None and isinstance(key, tuple):
+            keys.append(key)
+        return fetch(self, key)
+
+    monkeypatch.setattr(SegmentationDataset, "__getitem__", recording)
+    train(options(ultrasound, tmp_path / "run"))
+    orders = {epoch: [index for index, of in keys if of == epoch] for _, epoch in keys}
+    assert sorted(orders) == [0, 1, 2]  # two epochs of stage 1, one of stage 2
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1]
 
 
 def test_stage_two_moves_the_gates_alone(ultrasound: Path, tmp_path: Path) -> None:
