@@ -7,29 +7,46 @@ can; ``auto`` takes the fastest of those. Asking for a backend by name that cann
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch  # before the extension, which then shares its OpenMP thread pool
+import torch  # before the extensions, which then share its OpenMP thread pool
 from torch import Tensor
 
-# Read once: constants of the process, which a compiler can rely on.
-native_module: Any = None
-_native_failure: str | None = None
-try:
-    native_module = importlib.import_module("btinet_kernels._cpu")
-except ImportError as error:
-    _native_failure = f"the compiled part is missing ({error}); install with `pip install .` and a C++17 compiler."
-
 OPERATORS = ("fused_tim", "fused_upa", "fused_task_interaction")
-BACKENDS = ("native", "reference")  # fastest first
+BACKENDS = ("native", "triton", "cuda", "reference")
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
-_environment_request = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
-NATIVE_DTYPES = (torch.float32, torch.float64)
+# Read once: constants of the process, which a compiler can rely on.
+_environment_request = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+_triton_interprets = os.environ.get("TRITON_INTERPRET") == "1"
+_missing: dict[str, str] = {}  # backend → why it cannot be used in this process
+
+
+def _extension(backend: str, name: str, advice: str) -> Any:
+    try:
+        return importlib.import_module(f"btinet_kernels.{name}")
+    except ImportError as error:
+        _missing[backend] = f"the compiled part is missing ({error}); {advice}"
+        return None
+
+
+native_module = _extension("native", "_cpu", "install with `pip install .` and a C++17 compiler.")
+cuda_module = _extension("cuda", "_cuda", "it is built by `pip install .` where nvcc is found.")
+if importlib.util.find_spec("triton") is None:
+    _missing["triton"] = "the package triton is not installed; `pip install triton`."
+
+_SERVES = {
+    "native": ("cpu", (torch.float32, torch.float64)),
+    "triton": ("cpu" if _triton_interprets else "cuda", (torch.float32, torch.float16, torch.bfloat16)),
+    "cuda": ("cuda", (torch.float32, torch.float16, torch.bfloat16)),
+}
+# What `auto` takes, by device: the fastest in benchmarks/results. The reference takes the rest.
+_AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 
 _logger = logging.getLogger("btinet_kernels")
 _requested: str | None = None  # set by use_backend, for the whole process
@@ -47,24 +64,35 @@ def backends(*, verbose: bool = True) -> dict[str, dict[str, str]]:
     ``verbose`` is False.
     """
     request = requested_backend()
-    report: dict[str, dict[str, str]] = {}
-    for operator in OPERATORS:
-        missing = native_missing()
-        report[operator] = {
-            "native": missing or f"serves CPU tensors of float32 and float64 ({instruction_set()})",
-            "reference": "serves every other device and dtype" if missing is None else "serves every device and dtype",
-        }
-        if request != "auto":
-            for backend in BACKENDS:
-                if backend != request:
-                    report[operator][backend] = f"not used: {request!r} was asked for"
+    lines = {backend: _describe(backend) for backend in BACKENDS}
+    if request != "auto":
+        lines |= {other: f"not used: {request!r} was asked for" for other in BACKENDS if other != request}
+    report = {operator: dict(lines) for operator in OPERATORS}
     if verbose:
         print(f"btinet_kernels backends (torch {torch.__version__}, asked for: {request})")
-        for operator, lines in report.items():
+        for operator in OPERATORS:
             print(f"  {operator}")
             for backend, line in lines.items():
                 print(f"    {backend:<10} {line}")
     return report
+
+
+def _describe(backend: str) -> str:
+    if backend == "reference":
+        return "serves every device and dtype that no other backend takes"
+    if backend in _missing:
+        return _missing[backend]
+    device, dtypes = _SERVES[backend]
+    automatic = _AUTOMATIC.get(device) == backend
+    notes = [] if automatic else ["when asked for"]
+    if backend == "native":
+        notes.append(instruction_set())
+    if backend == "triton" and _triton_interprets:
+        notes.append("interpreted")
+    if device == "cuda" and not torch.cuda.is_available():
+        notes.append("there is no such device here")
+    names = _listed([_name(dtype) for dtype in dtypes])
+    return f"serves {device.upper()} tensors of {names}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def instruction_set() -> str:
@@ -74,7 +102,7 @@ def instruction_set() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every operator by ``name`` (``auto``, ``native``, ``reference``) inside the block, in the whole process.
+    """Serve every operator by ``name`` (``auto`` or one of ``BACKENDS``) inside the block, in the whole process.
 
     ``reference`` runs plain ATen operations: what export, ONNX, double backward and debugging need.
 
@@ -83,8 +111,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _requested
     _check_name(name, "use_backend")
-    if name == "native" and (reason := native_missing()):
-        raise BackendError(f"use_backend('native'): {reason}")
+    if name in _missing:
+        raise BackendError(f"use_backend({name!r}): {_missing[name]}")
     previous, _requested = _requested, name
     try:
         yield
@@ -106,36 +134,50 @@ def choose(operator: str, *dense: Tensor) -> str:
     Raises:
         BackendError: the backend asked for by name cannot serve them.
     """
+    chosen, reason = serving(*dense)
     request = requested_backend()
-    if request == "reference":
-        return "reference"
-    reason = native_missing() or native_unsuitable(*dense)
-    if request == "native" and reason is not None:
-        raise BackendError(f"{operator}: the native backend was asked for, but {reason}")
-    chosen = "native" if reason is None else "reference"
+    if reason is not None and request != "auto":
+        raise BackendError(f"{operator}: the {request} backend was asked for, but {reason}")
     if not torch.compiler.is_compiling() and (operator, chosen) not in _announced:
         _announced.add((operator, chosen))
         _logger.debug("%s is served by %s%s", operator, chosen, f": {reason}" if reason else "")
     return chosen
 
 
-def native_unsuitable(*dense: Tensor) -> str | None:
-    """Why the native kernels cannot take these tensors, or None."""
+def serving(*dense: Tensor) -> tuple[str, str | None]:
+    """The backend for these dense tensors, and, where that is the reference for want of a better one, the reason."""
+    request = requested_backend()
+    if request == "reference":
+        return "reference", None
+    backend = _AUTOMATIC.get(dense[0].device.type, "native") if request == "auto" else request
+    reason = unsuitable(backend, *dense)
+    return ("reference", reason) if reason else (backend, None)
+
+
+def unsuitable(backend: str, *dense: Tensor) -> str | None:
+    """Why ``backend`` cannot take these tensors here, or None."""
+    if backend in _missing:
+        return _missing[backend]
+    device, dtypes = _SERVES[backend]
     for tensor in dense:
-        if tensor.device.type != "cpu":
-            return f"it serves CPU tensors only (got {tensor.device}); move the tensor or use the reference."
-        if tensor.dtype not in NATIVE_DTYPES:
-            return f"it serves float32 and float64 only (got {tensor.dtype}); convert the tensor or use the reference."
+        if tensor.device.type != device:
+            return f"it serves {device.upper()} tensors only (got {tensor.device}); move them or use the reference."
+        if tensor.dtype not in dtypes:
+            names = _listed([_name(dtype) for dtype in dtypes])
+            return f"it serves {names} only (got {_name(tensor.dtype)}); convert the tensor or use the reference."
         if 0 in tensor.shape[1:]:
             return f"it needs at least one channel and one position (got shape {tuple(tensor.shape)})."
     return None
 
 
-def native_missing() -> str | None:
-    """Why the compiled extension cannot be used here, or None."""
-    return _native_failure
-
-
 def _check_name(name: str, origin: str) -> None:
     if name not in ("auto", *BACKENDS):
-        raise BackendError(f"{origin}: there is no backend {name!r}; choose auto, {' or '.join(BACKENDS)}.")
+        raise BackendError(f"{origin}: there is no backend {name!r}; choose auto, {_listed(BACKENDS, 'or')}.")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(names: Sequence[str], last: str = "and") -> str:
+    return f"{', '.join(names[:-1])} {last} {names[-1]}"

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 import btinet_kernels
-from btinet_kernels.backends import native_missing
+from btinet_kernels.backends import native_module
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     checkout = Path(__file__).parents[1]
-    if native_missing() and Path(btinet_kernels.__file__).is_relative_to(checkout):
+    if native_module is None and Path(btinet_kernels.__file__).is_relative_to(checkout):
         raise pytest.UsageError(
             f"the tests would import {checkout}, which lacks the compiled part: run `pip install .` and `pytest` "
             "(`python -m pytest` puts the checkout first)."

@@ -13,6 +13,8 @@ from btinet_kernels.interaction import reference
 from btinet_kernels.interaction.passes_op import (
     LevelOptions,
     accumulation_dtype,
+    active_shape,
+    as_taken,
     channel_dot,
     in_format_of,
     passes_for,
@@ -58,17 +60,23 @@ def level_forward(
     clf: Tensor,
     packed: Sequence[Tensor],
     options: LevelOptions,
+    *,
+    for_backward: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Both passes around the vectors; returns what ``level`` returns. Differentiable where ``passes`` is."""
+    """Both passes around the vectors; returns what ``level`` returns. Differentiable where ``passes`` is.
+
+    ``for_backward``: compute what ``statistics_backward`` wants to find in the statistics.
+    """
     with torch.autocast(seg.device.type, enabled=False):
-        dense = seg.to(accumulation_dtype(seg))
-        weights = [w.to(dense.dtype) for w in packed[: 3 if options.softmax else 2]]
+        dense = as_taken(passes, seg)
+        weights = [w.to(accumulation_dtype(seg)) for w in packed[: 3 if options.softmax else 2]]
         context = Context(weights[0], weights[1], weights[2] if options.softmax else None)
         proxies = options.signals == "proxies"
         edges = proxies and reference.has_edge_energy(seg)
-        stats = passes.statistics(dense, context, variance=options.signals == "variance", edges=edges)
+        variance = options.signals == "variance"
+        stats = passes.statistics(dense, context, variance=variance, edges=edges, active=for_backward)
         if proxies and not edges:
-            stats = stats._replace(edges=dense.new_zeros(seg.shape[0]))
+            stats = stats._replace(edges=stats.mean.new_zeros(seg.shape[0]))
         scale, *vectors = level_vectors(stats, clf, packed, options)
         return passes.scale_channels(dense, scale).to(seg.dtype), *vectors, scale, *stats
 
@@ -83,13 +91,13 @@ def level(
     strength: float,
     training: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """TIM, gated unless ``signals`` is "none".
 
     Returns seg, clf, gates, proxies, batch mean and variance (empty in inference), the scale of seg, ``Statistics``.
     """
     options = LevelOptions(softmax, signals, strength, training, eps)
-    out, *rest = level_forward(passes_for(seg), seg, clf, weights, options)
+    out, *rest = level_forward(passes_for(seg), seg, clf, weights, options, for_backward=True)
     if not training:  # an output may not alias the running statistics
         rest[3:5] = [rest[5].new_empty(0), rest[5].new_empty(0)]
     return in_format_of(seg, out), *rest  # type: ignore[return-value]
@@ -114,6 +122,7 @@ def _(seg, clf, weights, softmax, signals, strength, training, eps):  # type: ig
         vectors.new_empty(batch) if signals == "proxies" else vectors.new_empty(0),
         vectors.new_empty(batch, weights[0].shape[0]),
         vectors.new_empty(batch) if softmax else vectors.new_empty(0),
+        seg.new_empty(0 if softmax else active_shape(seg, weights[0].shape[0]), dtype=torch.uint8),
     )
 
 
@@ -127,7 +136,7 @@ def _level_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _level_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     seg, clf, scale, *rest = ctx.saved_tensors
-    stats, packed = Statistics(*rest[:5]), rest[5:]
+    stats, packed = Statistics(*rest[:6]), rest[6:]
     grad_seg, grad_clf_out, grad_gates, grad_proxies = upstream[:4]
     options: LevelOptions = ctx.options
     dtype = stats.mean.dtype

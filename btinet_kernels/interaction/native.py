@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from btinet_kernels.backends import native_module
+from btinet_kernels.interaction.passes_op import active_shape
 from btinet_kernels.interaction.reference import Context, Statistics
 
 
-def statistics(seg: Tensor, context: Context | None, *, variance: bool, edges: bool) -> Statistics:
+def statistics(
+    seg: Tensor, context: Context | None, *, variance: bool, edges: bool, active: bool = False
+) -> Statistics:
     """See ``reference.statistics``."""
     batch, channels = seg.shape[:2]
     hidden = 0 if context is None else context.weight.shape[0]
@@ -25,9 +28,12 @@ def statistics(seg: Tensor, context: Context | None, *, variance: bool, edges: b
         seg.new_empty(batch) if edges else seg.new_empty(0),
         seg.new_empty(batch, hidden) if context is not None else seg.new_empty(0),
         seg.new_empty(batch) if softmax else seg.new_empty(0),
+        seg.new_empty(
+            active_shape(seg, hidden) if active and context is not None and not softmax else 0, dtype=torch.uint8
+        ),
     )
     owner = _Rows()
-    _call("statistics", seg, _dense(seg), hidden, _context(owner, context), [_address(t) for t in result])
+    _call("statistics", seg, _dense(seg), hidden, _context(owner, context), [_address(t) for t in result[:5]])
     return result
 
 
@@ -70,7 +76,7 @@ def statistics_backward(
         owner.address(scale),
         0 if context is None else context.weight.shape[0],
         _context(owner, context),
-        [owner.address(t) for t in saved],
+        [owner.address(t) for t in saved[:5]],
         [owner.address(t) for t in gradient[:4]],
         _dense(out),
         [_address(g) for g in gradients] + [0] * (3 - len(gradients)),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from btinet_kernels.backends import native_missing, native_unsuitable, requested_backend
-from btinet_kernels.interaction import native, reference
+from btinet_kernels.backends import serving
+from btinet_kernels.interaction import reference
 from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
 
 
@@ -54,9 +56,18 @@ def accumulation_dtype(seg: Tensor) -> torch.dtype:
 
 
 def passes_for(*dense: Tensor) -> Any:
-    """The module whose passes take these tensors: ``native`` or ``reference``."""
-    suitable = requested_backend() != "reference" and native_unsuitable(*dense) is None
-    return native if suitable and not native_missing() else reference
+    """The module whose passes take these tensors: ``native``, ``triton``, ``cuda`` or ``reference``."""
+    return import_module(f"btinet_kernels.interaction.{serving(*dense)[0]}")
+
+
+def active_shape(seg: Tensor, hidden: int) -> tuple[int, int, int]:
+    """Shape of ``Statistics.active``."""
+    return seg.shape[0], prod(seg.shape[2:]), (hidden + 7) // 8
+
+
+def as_taken(passes: Any, dense: Tensor) -> Tensor:
+    """The reference computes in the dtype it is given; the other backends store that dtype and compute in float32."""
+    return dense.to(accumulation_dtype(dense)) if passes is reference else dense
 
 
 def in_format_of(seg: Tensor, out: Tensor) -> Tensor:
@@ -71,8 +82,8 @@ def in_format_of(seg: Tensor, out: Tensor) -> Tensor:
 @custom_op("btinet_kernels::channel_dot", mutates_args=())
 def channel_dot(grad: Tensor, seg: Tensor) -> Tensor:
     """Backward pass A; see ``reference.channel_dot``."""
-    dtype = accumulation_dtype(seg)
-    return passes_for(grad, seg).channel_dot(grad.to(dtype), seg.to(dtype))
+    passes = passes_for(grad, seg)
+    return passes.channel_dot(as_taken(passes, grad), as_taken(passes, seg))
 
 
 @channel_dot.register_fake
@@ -93,16 +104,14 @@ def statistics_backward(
 
     Returns the gradients of seg and of the context's weights, in ``pack``'s order, empty where there are none.
     """
-    dtype = accumulation_dtype(seg)
-    dense, upstream = seg.to(dtype), grad.to(dtype)
-    weights = [w.to(dtype) for w in context]
+    passes = passes_for(seg, grad)
+    dense, upstream = as_taken(passes, seg), as_taken(passes, grad)
+    weights = [w.to(accumulation_dtype(seg)) for w in context]
     of = Context(*weights, *[None] * (3 - len(weights))) if weights else None
-    stats, grad_stats = Statistics(*saved), Statistics(*[*gradient, seg.new_empty(0)])
-    if passes_for(seg, grad) is native:
-        out, grads = native.statistics_backward(dense, upstream, scale, of, stats, grad_stats)
-    else:
-        out, grads = _statistics_backward_reference(dense, upstream, scale, of, grad_stats)
-    grads += [dense.new_empty(0) for _ in range(3 - len(grads))]
+    stats, grad_stats = Statistics(*saved), Statistics(*gradient, *[seg.new_empty(0)] * 2)
+    backward = _statistics_backward_reference if passes is reference else passes.statistics_backward
+    out, grads = backward(dense, upstream, scale, of, stats, grad_stats)
+    grads += [scale.new_empty(0) for _ in range(3 - len(grads))]
     return in_format_of(seg, out.to(seg.dtype)), *grads  # type: ignore[return-value]
 
 
@@ -126,7 +135,7 @@ statistics_backward.register_autograd(_no_double_backward)
 
 
 def _statistics_backward_reference(
-    seg: Tensor, grad: Tensor, scale: Tensor, context: Context | None, gradient: Statistics
+    seg: Tensor, grad: Tensor, scale: Tensor, context: Context | None, saved: Statistics, gradient: Statistics
 ) -> tuple[Tensor, list[Tensor]]:
     variance, edges = gradient.variance.numel() > 0, gradient.edges.numel() > 0
 

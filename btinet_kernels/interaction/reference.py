@@ -72,6 +72,7 @@ class Statistics(NamedTuple):
     edges: Tensor  # [B], Σ|forward differences| / (C N), over all spatial axes; zero where there is no neighbour
     pooled: Tensor  # [B, h], ReLU(W seg + w0) pooled over the positions
     log_sum_exp: Tensor  # [B], of the pooling logits (softmax pooling only)
+    active: Tensor  # uint8 [B, N, ⌈h/8⌉], what `pack_bits` makes of where the ReLU passed (average pooling only)
 
 
 class Enhanced(NamedTuple):
@@ -90,25 +91,41 @@ class Gates(NamedTuple):
     proxies: Tensor  # [B, 3]: alignment, seg energy, clf energy; or [B, 2]: normalised seg, clf variance
 
 
-def statistics(seg: Tensor, context: Context | None, *, variance: bool, edges: bool) -> Statistics:
-    """Read the dense tensor once; see ``Statistics``. ``context=None``: no pooled context."""
+def statistics(
+    seg: Tensor, context: Context | None, *, variance: bool, edges: bool, active: bool = False
+) -> Statistics:
+    """Read the dense tensor once; see ``Statistics``. ``context=None``: no pooled context.
+
+    ``variance``, ``edges``, ``active``: whether these statistics are wanted.
+    """
     flat = seg.flatten(2)
-    pooled = log_sum_exp = None
+    pooled = log_sum_exp = seg.new_empty(0)
+    bits = seg.new_empty(0, dtype=torch.uint8)
     if context is not None:
-        active = F.relu(context.weight @ flat + context.bias[:, None])
+        hidden = F.relu(context.weight @ flat + context.bias[:, None])
         if context.pool_weight is None:
-            pooled = active.mean(2)
+            pooled = hidden.mean(2)
+            if active:
+                bits = pack_bits((hidden > 0).transpose(1, 2))
         else:
-            logits = torch.einsum("j,bjn->bn", context.pool_weight, active)
+            logits = torch.einsum("j,bjn->bn", context.pool_weight, hidden)
             log_sum_exp = logits.logsumexp(1)
-            pooled = torch.einsum("bjn,bn->bj", active, torch.softmax(logits, 1))
+            pooled = torch.einsum("bjn,bn->bj", hidden, torch.softmax(logits, 1))
     return Statistics(
         flat.mean(2),
         flat.var(2, unbiased=False) if variance else seg.new_empty(0),
         edge_energy(seg) if edges else seg.new_empty(0),
-        seg.new_empty(0) if pooled is None else pooled,
-        seg.new_empty(0) if log_sum_exp is None else log_sum_exp,
+        pooled,
+        log_sum_exp,
+        bits,
     )
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Booleans ``[..., h]`` as bits: bit ``j % 8`` of byte ``j // 8`` of ``[..., ⌈h/8⌉]``, the rest zero."""
+    padded = F.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
+    return (padded * places).sum(-1, dtype=torch.uint8)
 
 
 def edge_energy(seg: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.library import custom_op
 from btinet_kernels.interaction import reference
 from btinet_kernels.interaction.passes_op import (
     accumulation_dtype,
+    as_taken,
     channel_dot,
     in_format_of,
     passes_for,
@@ -54,14 +55,13 @@ def interpolate_forward(
 ) -> tuple[Tensor, ...]:
     """Two reads, the vectors, one write; returns what ``interpolation`` returns. Differentiable where ``passes`` is."""
     with torch.autocast(seg_base.device.type, enabled=False):
-        dtype = accumulation_dtype(seg_base)
-        base, enhanced = seg_base.to(dtype), seg_enhanced.to(dtype)
+        base, enhanced = as_taken(passes, seg_base), as_taken(passes, seg_enhanced)
         proxies = signals == "proxies"
         edges = proxies and reference.has_edge_energy(base)
-        none = Statistics(*(base.new_empty(0) for _ in range(5)))
+        none = Statistics(*(base.new_empty(0, dtype=accumulation_dtype(base)) for _ in range(6)))
         base_stats = passes.statistics(base, None, variance=False, edges=edges) if proxies else none
         if proxies and not edges:
-            base_stats = base_stats._replace(edges=base.new_zeros(base.shape[0]))
+            base_stats = base_stats._replace(edges=base_stats.mean.new_zeros(base.shape[0]))
         enhanced_stats = passes.statistics(enhanced, None, variance=not proxies, edges=False)
         clf, gates, signals_out = _interpolate_vectors(
             base_stats, enhanced_stats, clf_base, clf_enhanced, packed, signals
@@ -137,9 +137,9 @@ def _interpolation_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         zero = torch.zeros_like(mean)
         of_base = [-gradient.seg, none, edges, none] if proxies else [zero, none, none, none]
         of_enhanced = [gradient.seg, none, none, none] if proxies else [zero, gradient.seg, none, none]
-        grad_base, *_ = statistics_backward(base, grad_seg, 1 - share, [], [base_mean, none, none, none, none], of_base)
+        grad_base, *_ = statistics_backward(base, grad_seg, 1 - share, [], [base_mean, *[none] * 5], of_base)
         grad_enhanced, *_ = statistics_backward(
-            enhanced, grad_seg, share.clone(), [], [mean, none, none, none, none], of_enhanced
+            enhanced, grad_seg, share.clone(), [], [mean, *[none] * 5], of_enhanced
         )
         clf_share = gates[:, 1:]
         grad_clf_base = gradient.clf + grad_clf_out * (1 - clf_share)

@@ -51,7 +51,7 @@ def test_environment_variable() -> None:
     assert python(code, BTINET_BACKEND="reference").stdout.strip() == "reference"
     assert python(code).stdout.strip() == "native"
     wrong = python(code, BTINET_BACKEND="fast")
-    assert "BTINET_BACKEND: there is no backend 'fast'; choose auto, native or reference." in wrong.stderr
+    assert "BTINET_BACKEND: there is no backend 'fast'; choose auto, native, triton, cuda or reference." in wrong.stderr
 
 
 def test_without_the_compiled_part_the_reference_serves_and_says_why() -> None:

@@ -330,7 +330,7 @@ def test_opcheck_of_the_other_operators(signals: str) -> None:
         opcheck(channel_dot, (seg, other))
         empty = seg.new_empty(0)
         saved, gradient = (
-            [torch.randn(3, 6).double(), *[empty] * 4],
+            [torch.randn(3, 6).double(), *[empty] * 5],
             [torch.randn(3, 6).double(), *[empty] * 3],
         )
         opcheck(statistics_backward, (seg, other, torch.randn(3, 6).double(), [], saved, gradient))
