@@ -41,7 +41,7 @@ if importlib.util.find_spec("triton") is None:
     _missing["triton"] = "the package triton is not installed; `pip install triton`."
 
 _SERVES = {
-    "native": ("cpu", (torch.float32, torch.float64)),
+    "native": ("cpu", (torch.float32, torch.float64, torch.bfloat16)),
     "triton": ("cpu" if _triton_interprets else "cuda", (torch.float32, torch.float16, torch.bfloat16)),
     "cuda": ("cuda", (torch.float32, torch.float16, torch.bfloat16)),
 }

@@ -39,45 +39,48 @@ Context<T> context_of(int64_t hidden, const std::array<uintptr_t, 3>& weights) {
   return {hidden, at<const T>(weights[0]), at<const T>(weights[1]), at<const T>(weights[2])};
 }
 
-template <class T>
+template <class S>
 void bind_passes(py::module_& module, const std::string& suffix) {
+  using T = Compute<S>;
   using Release = py::call_guard<py::gil_scoped_release>;
   using Pointers3 = std::array<uintptr_t, 3>;
   using Pointers4 = std::array<uintptr_t, 4>;
-  using Pointers5 = std::array<uintptr_t, 5>;
+  using Pointers6 = std::array<uintptr_t, 6>;
 
   module.def(("statistics_" + suffix).c_str(),
-             [](const Dense& seg, int64_t hidden, const Pointers3& context, const Pointers5& out, int threads) {
-               statistics<T>(seg.as<const T>(), context_of<T>(hidden, context),
-                             {at<T>(out[0]), at<T>(out[1]), at<T>(out[2]), at<T>(out[3]), at<T>(out[4])}, threads);
+             [](const Dense& seg, int64_t hidden, const Pointers3& context, const Pointers6& out, int threads) {
+               statistics<S>(
+                   seg.as<const S>(), context_of<T>(hidden, context),
+                   {at<T>(out[0]), at<T>(out[1]), at<T>(out[2]), at<T>(out[3]), at<T>(out[4]), at<uint8_t>(out[5])},
+                   threads);
              },
              Release());
   module.def(("scale_channels_" + suffix).c_str(),
              [](const Dense& seg, uintptr_t scale, const Dense& out, int threads) {
-               scale_channels<T>(seg.as<const T>(), at<const T>(scale), out.as<T>(), threads);
+               scale_channels<S>(seg.as<const S>(), at<const T>(scale), out.as<S>(), threads);
              },
              Release());
   module.def(("interpolate_" + suffix).c_str(),
              [](const Dense& base, const Dense& enhanced, uintptr_t weight, const Dense& out, int threads) {
-               interpolate<T>(base.as<const T>(), enhanced.as<const T>(), at<const T>(weight), out.as<T>(), threads);
+               interpolate<S>(base.as<const S>(), enhanced.as<const S>(), at<const T>(weight), out.as<S>(), threads);
              },
              Release());
   module.def(("channel_dot_" + suffix).c_str(),
              [](const Dense& grad, const Dense& seg, uintptr_t out, int threads) {
-               channel_dot<T>(grad.as<const T>(), seg.as<const T>(), at<T>(out), threads);
+               channel_dot<S>(grad.as<const S>(), seg.as<const S>(), at<T>(out), threads);
              },
              Release());
   module.def(
       ("statistics_backward_" + suffix).c_str(),
       [](const Dense& seg, const Dense& grad, uintptr_t scale, int64_t hidden, const Pointers3& context,
-         const Pointers5& saved, const Pointers4& gradient, const Dense& out, const Pointers3& context_gradient,
+         const Pointers6& saved, const Pointers4& gradient, const Dense& out, const Pointers3& context_gradient,
          int threads) {
-        statistics_backward<T>(
-            seg.as<const T>(), grad.as<const T>(), at<const T>(scale), context_of<T>(hidden, context),
+        statistics_backward<S>(
+            seg.as<const S>(), grad.as<const S>(), at<const T>(scale), context_of<T>(hidden, context),
             {at<const T>(saved[0]), at<const T>(saved[1]), at<const T>(saved[2]), at<const T>(saved[3]),
-             at<const T>(saved[4])},
+             at<const T>(saved[4]), at<const uint8_t>(saved[5])},
             {at<const T>(gradient[0]), at<const T>(gradient[1]), at<const T>(gradient[2]), at<const T>(gradient[3])},
-            out.as<T>(), {at<T>(context_gradient[0]), at<T>(context_gradient[1]), at<T>(context_gradient[2])}, threads);
+            out.as<S>(), {at<T>(context_gradient[0]), at<T>(context_gradient[1]), at<T>(context_gradient[2])}, threads);
       },
       Release());
 }
@@ -92,4 +95,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("instruction_set", &instruction_set);
   bind_passes<float>(module, "float32");
   bind_passes<double>(module, "float64");
+  bind_passes<bfloat16>(module, "bfloat16");
 }

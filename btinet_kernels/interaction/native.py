@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from btinet_kernels.backends import native_module
-from btinet_kernels.interaction.passes_op import active_shape
+from btinet_kernels.interaction.passes_op import accumulation_dtype, active_shape
 from btinet_kernels.interaction.reference import Context, Statistics
 
 
@@ -22,18 +22,18 @@ def statistics(
     batch, channels = seg.shape[:2]
     hidden = 0 if context is None else context.weight.shape[0]
     softmax = context is not None and context.pool_weight is not None
+    bits = active and context is not None and not softmax
+    dtype = accumulation_dtype(seg)
     result = Statistics(
-        seg.new_empty(batch, channels),
-        seg.new_empty(batch, channels) if variance else seg.new_empty(0),
-        seg.new_empty(batch) if edges else seg.new_empty(0),
-        seg.new_empty(batch, hidden) if context is not None else seg.new_empty(0),
-        seg.new_empty(batch) if softmax else seg.new_empty(0),
-        seg.new_empty(
-            active_shape(seg, hidden) if active and context is not None and not softmax else 0, dtype=torch.uint8
-        ),
+        seg.new_empty(batch, channels, dtype=dtype),
+        seg.new_empty((batch, channels) if variance else 0, dtype=dtype),
+        seg.new_empty(batch if edges else 0, dtype=dtype),
+        seg.new_empty((batch, hidden) if context is not None else 0, dtype=dtype),
+        seg.new_empty(batch if softmax else 0, dtype=dtype),
+        seg.new_empty(active_shape(seg, hidden) if bits else 0, dtype=torch.uint8),
     )
     owner = _Rows()
-    _call("statistics", seg, _dense(seg), hidden, _context(owner, context), [_address(t) for t in result[:5]])
+    _call("statistics", seg, _dense(seg), hidden, _context(owner, context), [_address(t) for t in result])
     return result
 
 
@@ -55,7 +55,7 @@ def interpolate(base: Tensor, enhanced: Tensor, weight: Tensor) -> Tensor:
 
 def channel_dot(grad: Tensor, seg: Tensor) -> Tensor:
     """See ``reference.channel_dot``."""
-    out = seg.new_empty(seg.shape[:2])
+    out = seg.new_empty(seg.shape[:2], dtype=accumulation_dtype(seg))
     _call("channel_dot", seg, _dense(grad), _dense(seg), out.data_ptr())
     return out
 
@@ -76,7 +76,7 @@ def statistics_backward(
         owner.address(scale),
         0 if context is None else context.weight.shape[0],
         _context(owner, context),
-        [owner.address(t) for t in saved[:5]],
+        [owner.address(t) for t in saved],
         [owner.address(t) for t in gradient[:4]],
         _dense(out),
         [_address(g) for g in gradients] + [0] * (3 - len(gradients)),

@@ -1,4 +1,4 @@
-// How passes reach the values of a view: by position, by tile, as operands of a product, or element by element.
+// How passes reach the values of a view: rows of channels, planes of positions, or one by one; and tiles of them.
 // Compiled once per instruction set (BTINET_ISA).
 #pragma once
 
@@ -7,130 +7,118 @@ namespace BTINET_ISA {
 
 constexpr int64_t kTile = 48;  // positions a tile holds
 
-// Where each position of a view lies, and which positions have a successor along each axis.
-template <class T>
-class Positions {
+// rows: the channels of a position lie side by side. planes: the positions of a channel do.
+enum class Layout { rows, planes, scattered };
+
+template <class S>
+Layout layout_of(const View<S>& view) {
+  const bool rows = view.channel_stride == 1, planes = view.positions_lie_apart_by(1);
+  if (rows && (view.shape.channels > 1 || !planes)) return Layout::rows;
+  return planes ? Layout::planes : Layout::scattered;
+}
+
+// The common layout of several views of one shape; scattered where they differ.
+template <class First, class... Rest>
+Layout layout_of(const First& first, const Rest&... rest) {
+  const Layout layout = layout_of(first);
+  return ((layout_of(rest) == layout) && ...) ? layout : Layout::scattered;
+}
+
+// Where each position of a view lies, relative to its sample and channel.
+class Offsets {
  public:
-  explicit Positions(const Shape& shape) {
-    step_[2] = 1;
-    step_[1] = shape.size[2];
-    step_[0] = shape.size[2] * shape.size[1];
-    const int64_t n = shape.positions();
-    for (int d = 0; d < 3; ++d) {
-      if (shape.size[d] < 2) continue;
-      axes_.push_back(d);
-      has_next_[d].resize(n);
-      for (int64_t i = 0; i < n; ++i) has_next_[d][i] = i / step_[d] % shape.size[d] + 1 < shape.size[d] ? T(1) : T(0);
-    }
-  }
-
-  // The axes along which a position can have a neighbour, 0 to 3 of them.
-  const std::vector<int>& axes() const { return axes_; }
-  int64_t step(int d) const { return step_[d]; }
-  const T* has_next(int d) const { return has_next_[d].data(); }
-
- private:
-  int64_t step_[3];
-  std::vector<int> axes_;
-  std::vector<T> has_next_[3];
-};
-
-template <class T>
-std::vector<int64_t> offsets_of(const View<T>& view) {
-  std::vector<int64_t> offsets(view.shape.positions());
-  for (size_t n = 0; n < offsets.size(); ++n) offsets[n] = view.offset(n);
-  return offsets;
-}
-
-// tile[r][c] = view[sample, c, begin + r]; columns beyond the channels are zero.
-template <class T>
-void load_tile(const View<const T>& view, const std::vector<int64_t>& offsets, int64_t sample, int64_t begin,
-               int64_t rows, T* tile, int64_t stride) {
-  const int64_t channels = view.shape.channels;
-  const T* base = view.data + sample * view.batch_stride;
-  if (view.channel_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* source = base + offsets[begin + r];
-      std::copy(source, source + channels, tile + r * stride);
-    }
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t r = 0; r < rows; ++r) tile[r * stride + c] = base[offsets[begin + r] + c * view.channel_stride];
-  }
-  for (int64_t r = 0; r < rows; ++r) std::fill(tile + r * stride + channels, tile + (r + 1) * stride, T(0));
-}
-
-// view[sample, c, begin + r] += tile[r][c].
-template <class T>
-void add_tile(const View<T>& view, const std::vector<int64_t>& offsets, int64_t sample, int64_t begin, int64_t rows,
-              const T* tile, int64_t stride) {
-  const int64_t channels = view.shape.channels;
-  T* base = view.data + sample * view.batch_stride;
-  if (view.channel_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* out = base + offsets[begin + r];
-      for (int64_t c = 0; c < channels; ++c) out[c] += tile[r * stride + c];
-    }
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t r = 0; r < rows; ++r) base[offsets[begin + r] + c * view.channel_stride] += tile[r * stride + c];
-  }
-}
-
-// Rows of positions of a view as operands of a product: in place where memory allows, else packed into `tile`.
-template <class T>
-class Rows {
- public:
-  Rows(const View<const T>& view, const std::vector<int64_t>& offsets)
-      : view_(view), offsets_(offsets), step_(view.shape.positions() > 1 ? offsets[1] - offsets[0] : 0) {
+  template <class S>
+  explicit Offsets(const View<S>& view) {
+    const Shape& shape = view.shape;
+    int last = 2;
+    while (last > 0 && shape.size[last] == 1) --last;
+    step_ = view.spatial_stride[last];
     even_ = view.positions_lie_apart_by(step_);
-    whole_ = even_ && view.channel_stride == 1 && view.shape.channels % Lanes<T>::count == 0;
+    if (even_) return;
+    values_.reserve(shape.positions());
+    for (int64_t z = 0; z < shape.size[0]; ++z)
+      for (int64_t y = 0; y < shape.size[1]; ++y)
+        for (int64_t x = 0; x < shape.size[2]; ++x)
+          values_.push_back(z * view.spatial_stride[0] + y * view.spatial_stride[1] + x * view.spatial_stride[2]);
   }
 
-  Left<T> left(int64_t sample, int64_t begin, int64_t rows, T* tile, int64_t stride) const {
-    if (even_) return {view_.data + sample * view_.batch_stride + offsets_[begin], step_, view_.channel_stride};
-    load_tile(view_, offsets_, sample, begin, rows, tile, stride);
-    return {tile, stride, 1};
-  }
-
-  Right<T> right(int64_t sample, int64_t begin, int64_t rows, T* tile, int64_t stride) const {
-    if (whole_) return {view_.data + sample * view_.batch_stride + offsets_[begin], step_};
-    load_tile(view_, offsets_, sample, begin, rows, tile, stride);
-    return {tile, stride};
-  }
+  int64_t operator[](int64_t position) const { return even_ ? position * step_ : values_[position]; }
+  bool even() const { return even_; }
+  int64_t step() const { return step_; }
 
  private:
-  const View<const T>& view_;
-  const std::vector<int64_t>& offsets_;
   int64_t step_;
   bool even_;
-  bool whole_;  // rows are whole vectors
+  std::vector<int64_t> values_;
 };
 
-// Calls element(c, offset in first, offset in second, offset in out) with the innermost loop along memory.
-template <class A, class B, class O, class F>
-void for_each_element(const View<A>& first, const View<B>& second, const View<O>& out,
-                      const std::vector<int64_t> (&offsets)[3], const Range& range, const F& element) {
-  const int64_t channels = first.shape.channels;
-  if (first.channel_stride == 1 && second.channel_stride == 1 && out.channel_stride == 1) {
-    for (int64_t n = range.begin; n < range.end; ++n) {
-      const int64_t i = offsets[0][n], j = offsets[1][n], k = offsets[2][n];
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) element(c, i + c, j + c, k + c);
-    }
-  } else if (first.positions_lie_apart_by(1) && second.positions_lie_apart_by(1) && out.positions_lie_apart_by(1)) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = c * first.channel_stride, j = c * second.channel_stride, k = c * out.channel_stride;
-#pragma omp simd
-      for (int64_t n = range.begin; n < range.end; ++n) element(c, i + n, j + n, k + n);
-    }
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t n = range.begin; n < range.end; ++n)
-        element(c, offsets[0][n] + c * first.channel_stride, offsets[1][n] + c * second.channel_stride,
-                offsets[2][n] + c * out.channel_stride);
+// tile[r][c] = view[sample, first + c, begin + r] for c < columns; the rest of a row's last vector is zero.
+template <class S>
+void load_tile(const View<const S>& view, const Offsets& offsets, const Range& range, int64_t first, int64_t columns,
+               Compute<S>* tile, int64_t stride) {
+  using T = Compute<S>;
+  const int64_t rows = range.end - range.begin;
+  const S* base = view.data + range.sample * view.batch_stride + first * view.channel_stride;
+  switch (layout_of(view)) {
+    case Layout::rows:
+      for (int64_t r = 0; r < rows; ++r) {
+        const S* row = base + offsets[range.begin + r];
+        for_each_vector<T>(columns, [&](int64_t c, auto part) { store(tile + r * stride + c, load(row + c, part)); });
+      }
+      break;
+    case Layout::planes:
+      transpose(base + range.begin, view.channel_stride, columns, rows, tile, stride);
+      break;
+    case Layout::scattered:
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c)
+          tile[r * stride + c] = base[offsets[range.begin + r] + c * view.channel_stride];
+        std::fill(tile + r * stride + columns, tile + r * stride + padded<T>(columns), T(0));
+      }
   }
 }
+
+// Rows of whole vectors, one for each position.
+template <class T>
+struct Tile {
+  const T* data;
+  int64_t stride;
+};
+
+// The channels [first, first + columns) of some positions as a tile: in place where memory allows, else in `scratch`.
+template <class S>
+Tile<Compute<S>> read_tile(const View<const S>& view, const Offsets& offsets, const Range& range, int64_t first,
+                           int64_t columns, Compute<S>* scratch, int64_t stride) {
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    const bool whole = columns % Lanes<S>::count == 0;
+    if (whole && view.channel_stride == 1 && offsets.even())
+      return {view.data + range.sample * view.batch_stride + offsets[range.begin] + first, offsets.step()};
+  }
+  load_tile(view, offsets, range, first, columns, scratch, stride);
+  return {scratch, stride};
+}
+
+// The matrix [rows, columns] with rows of whole vectors: itself where it has them, else a copy.
+template <class T>
+class PaddedRows {
+ public:
+  PaddedRows(const T* matrix, int64_t rows, int64_t columns) : data_(matrix), stride_(padded<T>(columns)) {
+    if (stride_ == columns) return;
+    copy_.assign(rows * stride_, T(0));
+    for (int64_t r = 0; r < rows; ++r) std::copy(matrix + r * columns, matrix + (r + 1) * columns, &copy_[r * stride_]);
+    data_ = copy_.data();
+  }
+  PaddedRows(const PaddedRows&) = delete;
+
+  const T* data() const { return data_; }
+  const T* row(int64_t r) const { return data_ + r * stride_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  std::vector<T> copy_;
+  const T* data_;
+  int64_t stride_;
+};
 
 }  // namespace BTINET_ISA
 }  // namespace btinet

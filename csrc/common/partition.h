@@ -22,15 +22,16 @@ class Partition {
     const int64_t wanted = (kRanges + shape.batch - 1) / std::max<int64_t>(shape.batch, 1);
     per_sample_ = std::max<int64_t>(1, std::min(wanted, tiles_));
     ranges_ = shape.batch * per_sample_;
-    groups_ = std::min<int64_t>(ranges_, kRanges);
   }
 
   int64_t ranges() const { return ranges_; }
   int64_t per_sample() const { return per_sample_; }
-  // Ranges are handed out in `groups()` runs; scratch that is too large to keep per range is kept per group.
-  int64_t groups() const { return groups_; }
-  int64_t group_begin(int64_t group) const { return group * ranges_ / groups_; }
-  int64_t group_end(int64_t group) const { return group_begin(group + 1); }
+  // Ranges are handed out in runs, so that scratch of `bytes` that is too large to keep per range is kept per run.
+  int64_t groups(int64_t bytes) const {
+    const int64_t affordable = std::max<int64_t>(kFewestGroups, kScratch / std::max<int64_t>(bytes, 1));
+    return std::min({ranges_, kRanges, affordable});
+  }
+  int64_t group_begin(int64_t group, int64_t groups) const { return group * ranges_ / groups; }
 
   Range range(int64_t index) const {
     const int64_t part = index % per_sample_;
@@ -41,12 +42,13 @@ class Partition {
 
  private:
   static constexpr int64_t kRanges = 32;
+  static constexpr int64_t kFewestGroups = 8;
+  static constexpr int64_t kScratch = 4 << 20;
   int64_t positions_;
   int64_t tiles_;
   int64_t tile_;
   int64_t per_sample_;
   int64_t ranges_;
-  int64_t groups_;
 };
 
 }  // namespace btinet

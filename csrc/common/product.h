@@ -1,5 +1,5 @@
 // A small register-blocked matrix product whose epilogues do ReLU, pooling and masks. Compiled once per instruction
-// set: the including file has set BTINET_ISA, BTINET_VECTOR_BYTES and the register block BTINET_ROWS x BTINET_VECTORS.
+// set: the including file has set BTINET_ISA and the register block BTINET_ROWS x BTINET_VECTORS.
 #pragma once
 
 namespace btinet {
@@ -7,17 +7,6 @@ namespace BTINET_ISA {
 
 constexpr int kRows = BTINET_ROWS;
 constexpr int kVectors = BTINET_VECTORS;
-
-template <class T>
-struct Lanes {
-  static constexpr int64_t count = BTINET_VECTOR_BYTES / sizeof(T);
-  typedef T vector __attribute__((vector_size(BTINET_VECTOR_BYTES), aligned(alignof(T)), may_alias));
-};
-
-template <class T>
-int64_t padded(int64_t columns) {
-  return (columns + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
-}
 
 // The left operand of a product: element (r, k) lies at data[r * row_step + k * inner_step].
 template <class T>
@@ -73,6 +62,7 @@ template <class T, class Finish>
 void multiply(Left<T> a, Right<T> b, int64_t rows, int64_t inner, int64_t columns, const Finish& finish) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) multiply_rows<T, kRows>(a, b, inner, r, columns, finish);
+  for (; r + kRows / 2 <= rows; r += kRows / 2) multiply_rows<T, kRows / 2>(a, b, inner, r, columns, finish);
   for (; r < rows; ++r) multiply_rows<T, 1>(a, b, inner, r, columns, finish);
 }
 
@@ -115,43 +105,34 @@ struct StoreReLU {
   }
 };
 
-// total += ReLU(product + bias), summed over the rows: the product itself never reaches memory.
-template <class T>
+// total += ReLU(product + bias), summed over the rows: the product itself never reaches memory. Where it is positive,
+// a bit is set: bit j % 8 of byte j / 8 of a row of `active`.
+template <class T, bool kBits>
 struct PoolReLU {
   using vector = typename Lanes<T>::vector;
   const T* bias;
   T* total;
-
-  vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
-  template <int R>
-  void end(int64_t, int64_t column, const vector (&sum)[R]) const {
-    vector pooled = vector_at(total + column);
-    for (int r = 0; r < R; ++r) pooled += sum[r] < T(0) ? vector{} : sum[r];  // lets NaN through, as torch does
-    vector_at(total + column) = pooled;
-  }
-};
-
-// out = gradient where product + bias > 0, else 0; total += out, summed over the rows.
-template <class T>
-struct ReLUGradient {
-  using vector = typename Lanes<T>::vector;
-  const T* bias;
-  const T* gradient;
-  T* out;
-  int64_t stride;
-  T* total;
+  uint8_t* active;
+  int64_t active_stride;
 
   vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
   template <int R>
   void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
-    const vector value = vector_at(gradient + column);
-    vector all = vector_at(total + column);
+    constexpr int64_t lanes = Lanes<T>::count;
+    vector pooled = vector_at(total + column);
     for (int r = 0; r < R; ++r) {
-      const vector kept = sum[r] > T(0) ? value : vector{};
-      vector_at(out + (row + r) * stride + column) = kept;
-      all += kept;
+      pooled += sum[r] < T(0) ? vector{} : sum[r];  // lets NaN through, as torch does
+      if (!kBits) continue;
+      const uint32_t bits = positive_lanes<T>(sum[r]);
+      uint8_t* byte = active + (row + r) * active_stride + column / 8;
+      if (lanes == 16) {
+        byte[0] = uint8_t(bits);
+        byte[1] = uint8_t(bits >> 8);
+      } else {
+        *byte = column % 8 == 0 ? uint8_t(bits) : uint8_t(*byte | bits << column % 8);
+      }
     }
-    vector_at(total + column) = all;
+    vector_at(total + column) = pooled;
   }
 };
 

@@ -4,136 +4,148 @@
 namespace btinet {
 namespace BTINET_ISA {
 
+// The neighbours of positions along each spatial axis of more than one position.
 template <class T>
-T sign(T value) {
-  return T(value > T(0)) - T(value < T(0));
-}
+class Neighbours {
+  struct Axis {
+    int64_t step;
+    int64_t size;
+  };
+
+ public:
+  using bits = typename Lanes<T>::integer;
+
+  // `masks`: also as masks over all positions, for planes.
+  Neighbours(const Shape& shape, bool masks) : count_(shape.positions()) {
+    int64_t step = 1;
+    for (int d = 2; d >= 0; --d) {
+      if (shape.size[d] > 1) axes_.push_back({step, shape.size[d]});
+      step *= shape.size[d];
+    }
+    if (!masks) return;
+    for (const Axis& axis : axes_) {
+      std::vector<bits> mask(count_ + Lanes<T>::count, ~bits(0));  // so that whole vectors can be read
+      const int64_t period = axis.step * axis.size;
+      for (int64_t end = period; end <= count_; end += period)
+        std::fill(mask.begin() + end - axis.step, mask.begin() + end, bits(0));
+      has_next_.push_back(std::move(mask));
+    }
+  }
+
+  int axes() const { return int(axes_.size()); }
+  int64_t step(int axis) const { return axes_[axis].step; }
+  int64_t count() const { return count_; }
+
+  // Goes through the positions one by one.
+  class Walk {
+   public:
+    Walk(const Neighbours& neighbours, int64_t n) : axes_(neighbours.axes_) {
+      for (int a = 0; a < neighbours.axes(); ++a) coordinate_[a] = n / axes_[a].step % axes_[a].size;
+    }
+    bool has_next(int axis) const { return coordinate_[axis] + 1 < axes_[axis].size; }
+    bool has_previous(int axis) const { return coordinate_[axis] > 0; }
+    void advance() {
+      for (size_t a = 0; a < axes_.size(); ++a) {
+        if (++coordinate_[a] < axes_[a].size) return;
+        coordinate_[a] = 0;
+      }
+    }
+
+   private:
+    const std::vector<Axis>& axes_;
+    int64_t coordinate_[3];
+  };
+  Walk walk_from(int64_t n) const { return Walk(*this, n); }
+  // All ones where a position has a next one, else zero.
+  const bits* next_mask(int axis) const { return has_next_[axis].data(); }
+
+ private:
+  int64_t count_;
+  std::vector<Axis> axes_;
+  std::vector<std::vector<bits>> has_next_;
+};
 
 // Sum over the channels of |next - here|, for A neighbours at once. A missing neighbour is `here` itself.
-template <class T, int A>
-T row_edge_sum(const T* here, const T* const (&next)[3], int64_t channels) {
-  T sum = 0;
-  const T *first = next[0], *second = next[A > 1 ? 1 : 0], *third = next[A > 2 ? 2 : 0];
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < channels; ++c) {
-    sum += std::abs(first[c] - here[c]);
-    if (A > 1) sum += std::abs(second[c] - here[c]);
-    if (A > 2) sum += std::abs(third[c] - here[c]);
-  }
-  return sum;
+template <int A, class S, class T>
+inline void add_row_edges(const S* here, const S* const (&next)[3], int64_t channels, Vector<T>& sum) {
+  for_each_vector<T>(channels, [&](int64_t c, auto part) {
+    const Vector<T> value = load(here + c, part);
+    for (int a = 0; a < A; ++a) sum += absolute<T>(load(next[a] + c, part) - value);
+  });
 }
 
-// out[c] += factor * (sign(here - previous) - sign(next - here)), summed over A axes.
-template <class T, int A>
-void add_row_edge_gradient(const T* here, const T* const (&next)[3], const T* const (&previous)[3], int64_t channels,
-                           T factor, T* out) {
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    T slope = 0;
-    for (int a = 0; a < A; ++a) slope += sign(here[c] - previous[a][c]) - sign(next[a][c] - here[c]);
-    out[c] += factor * slope;
-  }
-}
-
-// Sum of |forward differences| of the range [begin, end) of one sample, over all axes and channels.
-template <class T>
-double edge_sum(const View<const T>& view, const std::vector<int64_t>& offsets, const Positions<T>& positions,
-                const Range& range) {
-  const T* base = view.data + range.sample * view.batch_stride;
-  const int64_t channels = view.shape.channels;
-  const int axes = int(positions.axes().size());
+template <int A, class S>
+double edge_sum_of_rows(const View<const S>& view, const Offsets& offsets, const Neighbours<Compute<S>>& neighbours,
+                        const Range& range) {
+  using T = Compute<S>;
+  const S* base = view.data + range.sample * view.batch_stride;
   double total = 0;
-  if (view.channel_stride == 1) {
-    for (int64_t n = range.begin; n < range.end; ++n) {
-      const T* here = base + offsets[n];
-      const T* next[3] = {here, here, here};
-      for (int a = 0; a < axes; ++a) {
-        const int d = positions.axes()[a];
-        if (positions.has_next(d)[n] != T(0)) next[a] = base + offsets[n + positions.step(d)];
-      }
-      if (axes == 1) total += row_edge_sum<T, 1>(here, next, channels);
-      if (axes == 2) total += row_edge_sum<T, 2>(here, next, channels);
-      if (axes == 3) total += row_edge_sum<T, 3>(here, next, channels);
+  auto walk = neighbours.walk_from(range.begin);
+  for (int64_t begin = range.begin; begin < range.end; begin += kTile) {
+    Vector<T> sum = {};
+    for (int64_t n = begin; n < std::min(begin + kTile, range.end); ++n, walk.advance()) {
+      const S* here = base + offsets[n];
+      const S* next[3] = {here, here, here};
+      for (int a = 0; a < A; ++a)
+        if (walk.has_next(a)) next[a] = base + offsets[n + neighbours.step(a)];
+      add_row_edges<A, S, T>(here, next, view.shape.channels, sum);
     }
-    return total;
-  }
-  const bool dense = view.positions_lie_apart_by(1);
-  for (const int d : positions.axes()) {
-    const int64_t step = positions.step(d);
-    const T* has_next = positions.has_next(d);
-    const int64_t end = std::min(range.end, view.shape.positions() - step);
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* plane = base + c * view.channel_stride;
-      T sum = 0;
-      if (dense) {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t n = range.begin; n < end; ++n) sum += has_next[n] * std::abs(plane[n + step] - plane[n]);
-      } else {
-        for (int64_t n = range.begin; n < end; ++n)
-          sum += has_next[n] * std::abs(plane[offsets[n + step]] - plane[offsets[n]]);
-      }
-      total += sum;
-    }
+    total += sum_of_lanes<T>(sum);
   }
   return total;
 }
 
-// out[sample, c, begin + r] += factor * d(sum of |forward differences|) / d view[...]; sign(0) = 0.
-template <class T>
-void add_edge_gradient(const View<const T>& view, const std::vector<int64_t>& offsets, const View<T>& out,
-                       const std::vector<int64_t>& out_offsets, const Positions<T>& positions, int64_t sample,
-                       int64_t begin, int64_t rows, T factor) {
-  const T* base = view.data + sample * view.batch_stride;
-  T* target = out.data + sample * out.batch_stride;
-  const int64_t channels = view.shape.channels;
-  const int axes = int(positions.axes().size());
-  if (view.channel_stride == 1 && out.channel_stride == 1) {
-    for (int64_t n = begin; n < begin + rows; ++n) {
-      const T* here = base + offsets[n];
-      const T* next[3] = {here, here, here};
-      const T* previous[3] = {here, here, here};
-      for (int a = 0; a < axes; ++a) {
-        const int d = positions.axes()[a];
-        const int64_t step = positions.step(d);
-        const T* has_next = positions.has_next(d);
-        if (has_next[n] != T(0)) next[a] = base + offsets[n + step];
-        if (n >= step && has_next[n - step] != T(0)) previous[a] = base + offsets[n - step];
-      }
-      T* result = target + out_offsets[n];
-      if (axes == 1) add_row_edge_gradient<T, 1>(here, next, previous, channels, factor, result);
-      if (axes == 2) add_row_edge_gradient<T, 2>(here, next, previous, channels, factor, result);
-      if (axes == 3) add_row_edge_gradient<T, 3>(here, next, previous, channels, factor, result);
+template <class S>
+double edge_sum_of_planes(const View<const S>& view, const Neighbours<Compute<S>>& neighbours, const Range& range) {
+  using T = Compute<S>;
+  using bits = typename Lanes<T>::bits;
+  double total = 0;
+  for (int64_t c = 0; c < view.shape.channels; ++c) {
+    const S* plane = view.data + range.sample * view.batch_stride + c * view.channel_stride;
+    Vector<T> sum = {};
+    for (int a = 0; a < neighbours.axes(); ++a) {
+      const int64_t step = neighbours.step(a);
+      const auto* mask = neighbours.next_mask(a) + range.begin;
+      const S* here = plane + range.begin;
+      const int64_t count = std::min(range.end, neighbours.count() - step) - range.begin;
+      for_each_vector<T>(count, [&](int64_t n, auto part) {
+        const bits difference = bits(absolute<T>(load(here + n + step, part) - load(here + n, part)));
+        sum += Vector<T>(difference & *reinterpret_cast<const bits*>(mask + n));
+      });
     }
-    return;
+    total += sum_of_lanes<T>(sum);
   }
-  // Without branches, so that the loops over positions vectorise when those lie side by side in memory.
-  const bool dense = view.positions_lie_apart_by(1), dense_out = out.positions_lie_apart_by(1);
-  const int64_t* at = offsets.data() + begin;
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* plane = base + c * view.channel_stride;
-    T slope[kTile] = {};
-    for (const int d : positions.axes()) {
-      const int64_t step = positions.step(d);
-      const T* link = positions.has_next(d) + begin;
-      const int64_t with_next = std::min(rows, view.shape.positions() - step - begin);
-      const int64_t with_previous = std::max<int64_t>(0, step - begin);
-      if (dense) {
-        const T* here = plane + begin;
-        for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(here[r + step] - here[r]);
-        for (int64_t r = with_previous; r < rows; ++r) slope[r] += link[r - step] * sign(here[r] - here[r - step]);
-      } else {
-        for (int64_t r = 0; r < with_next; ++r) slope[r] -= link[r] * sign(plane[at[r + step]] - plane[at[r]]);
-        for (int64_t r = with_previous; r < rows; ++r)
-          slope[r] += link[r - step] * sign(plane[at[r]] - plane[at[r - step]]);
+  return total;
+}
+
+// Sum of |forward differences| of a range of one sample, over all axes and channels.
+template <class S>
+double edge_sum(const View<const S>& view, const Offsets& offsets, const Neighbours<Compute<S>>& neighbours,
+                const Range& range) {
+  switch (layout_of(view)) {
+    case Layout::rows:
+      if (neighbours.axes() == 1) return edge_sum_of_rows<1>(view, offsets, neighbours, range);
+      if (neighbours.axes() == 2) return edge_sum_of_rows<2>(view, offsets, neighbours, range);
+      if (neighbours.axes() == 3) return edge_sum_of_rows<3>(view, offsets, neighbours, range);
+      return 0;
+    case Layout::planes:
+      return edge_sum_of_planes(view, neighbours, range);
+    case Layout::scattered:
+      break;
+  }
+  double total = 0;
+  const S* base = view.data + range.sample * view.batch_stride;
+  auto walk = neighbours.walk_from(range.begin);
+  for (int64_t n = range.begin; n < range.end; ++n, walk.advance())
+    for (int a = 0; a < neighbours.axes(); ++a) {
+      if (!walk.has_next(a)) continue;
+      const int64_t here = offsets[n], next = offsets[n + neighbours.step(a)];
+      for (int64_t c = 0; c < view.shape.channels; ++c) {
+        const S* channel = base + c * view.channel_stride;
+        total += std::abs(Compute<S>(channel[next]) - Compute<S>(channel[here]));
       }
     }
-    T* result = target + c * out.channel_stride;
-    if (dense_out) {
-      for (int64_t r = 0; r < rows; ++r) result[begin + r] += factor * slope[r];
-    } else {
-      for (int64_t r = 0; r < rows; ++r) result[out_offsets[begin + r]] += factor * slope[r];
-    }
-  }
+  return total;
 }
 
 }  // namespace BTINET_ISA

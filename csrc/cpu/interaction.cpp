@@ -53,35 +53,38 @@ const char* instruction_set() {
 #define BTINET_DISPATCH(call) portable::call
 #endif
 
-template <class T>
-void statistics(const View<const T>& seg, const Context<T>& context, const Statistics<T>& out, int threads) {
-  BTINET_DISPATCH(statistics(seg, context, out, threads));
+template <class S>
+void statistics(const View<const S>& seg, const Context<Compute<S>>& context, const Statistics<Compute<S>>& out,
+                int threads) {
+  BTINET_DISPATCH(statistics<S>(seg, context, out, threads));
 }
 
-template <class T>
-void scale_channels(const View<const T>& seg, const T* scale, const View<T>& out, int threads) {
-  BTINET_DISPATCH(scale_channels(seg, scale, out, threads));
+template <class S>
+void scale_channels(const View<const S>& seg, const Compute<S>* scale, const View<S>& out, int threads) {
+  BTINET_DISPATCH(scale_channels<S>(seg, scale, out, threads));
 }
 
-template <class T>
-void interpolate(const View<const T>& base, const View<const T>& enhanced, const T* weight, const View<T>& out,
+template <class S>
+void interpolate(const View<const S>& base, const View<const S>& enhanced, const Compute<S>* weight, const View<S>& out,
                  int threads) {
-  BTINET_DISPATCH(interpolate(base, enhanced, weight, out, threads));
+  BTINET_DISPATCH(interpolate<S>(base, enhanced, weight, out, threads));
 }
 
-template <class T>
-void channel_dot(const View<const T>& grad, const View<const T>& seg, T* out, int threads) {
-  BTINET_DISPATCH(channel_dot(grad, seg, out, threads));
+template <class S>
+void channel_dot(const View<const S>& grad, const View<const S>& seg, Compute<S>* out, int threads) {
+  BTINET_DISPATCH(channel_dot<S>(grad, seg, out, threads));
 }
 
-template <class T>
-void statistics_backward(const View<const T>& seg, const View<const T>& grad, const T* scale, const Context<T>& context,
-                         const Statistics<const T>& saved, const StatisticsGradient<T>& gradient, const View<T>& out,
-                         const ContextGradient<T>& context_gradient, int threads) {
-  BTINET_DISPATCH(statistics_backward(seg, grad, scale, context, saved, gradient, out, context_gradient, threads));
+template <class S>
+void statistics_backward(const View<const S>& seg, const View<const S>& grad, const Compute<S>* scale,
+                         const Context<Compute<S>>& context, const Statistics<const Compute<S>>& saved,
+                         const StatisticsGradient<Compute<S>>& gradient, const View<S>& out,
+                         const ContextGradient<Compute<S>>& context_gradient, int threads) {
+  BTINET_DISPATCH(statistics_backward<S>(seg, grad, scale, context, saved, gradient, out, context_gradient, threads));
 }
 
 BTINET_INSTANTIATE_INTERACTION_PASSES(float)
 BTINET_INSTANTIATE_INTERACTION_PASSES(double)
+BTINET_INSTANTIATE_INTERACTION_PASSES(bfloat16)
 
 }  // namespace btinet

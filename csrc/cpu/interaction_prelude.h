@@ -5,9 +5,18 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/bfloat16.h"
 #include "../common/partition.h"
 #include "../common/view.h"
 #include "interaction.h"

@@ -1,0 +1,170 @@
+// Vectors of one instruction set, and how values are stored: float and double as they are, bfloat16 widened to float.
+// Compiled once per instruction set: the including file has set BTINET_ISA and BTINET_VECTOR_BYTES.
+#pragma once
+
+namespace btinet {
+namespace BTINET_ISA {
+
+template <class T>
+struct Lanes {
+  static constexpr int64_t count = BTINET_VECTOR_BYTES / sizeof(T);
+  typedef T vector __attribute__((vector_size(BTINET_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+  using integer = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  typedef integer bits __attribute__((vector_size(BTINET_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+
+template <class T>
+using Vector = typename Lanes<T>::vector;
+
+template <class T>
+int64_t padded(int64_t columns) {
+  return (columns + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
+}
+
+// How many lanes of a vector in memory are meant: all of them, or the first few.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+typedef uint16_t Bfloat16Lanes
+    __attribute__((vector_size(BTINET_VECTOR_BYTES / 2), aligned(alignof(uint16_t)), may_alias));
+
+template <class S>
+inline Vector<Compute<S>> load(const S* data, Whole = {}) {
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    const auto halves = *reinterpret_cast<const Bfloat16Lanes*>(data);
+    return Vector<float>(__builtin_convertvector(halves, Lanes<float>::bits) << 16);
+  } else {
+    return *reinterpret_cast<const Vector<S>*>(data);
+  }
+}
+
+template <class S>
+inline void store(S* data, Vector<Compute<S>> value, Whole = {}) {
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    using bits = Lanes<float>::bits;
+    const bits exact = bits(value);
+    const bits to_even = exact + 0x7fffu + ((exact >> 16) & 1u);
+    const bits rounded = value == value ? to_even : (exact | 0x400000u);  // a NaN stays one
+    *reinterpret_cast<Bfloat16Lanes*>(data) = __builtin_convertvector(rounded >> 16, Bfloat16Lanes);
+  } else {
+    *reinterpret_cast<Vector<S>*>(data) = value;
+  }
+}
+
+template <class S>
+inline Vector<Compute<S>> load(const S* data, Part part) {
+  S buffer[Lanes<Compute<S>>::count] = {};
+  std::copy(data, data + part.count, buffer);
+  return load(buffer);
+}
+
+template <class S>
+inline void store(S* data, Vector<Compute<S>> value, Part part) {
+  S buffer[Lanes<Compute<S>>::count];
+  store(buffer, value);
+  std::copy(buffer, buffer + part.count, data);
+}
+
+// Calls element(i, Whole or Part) for every vector of `count` consecutive values.
+template <class T, class F>
+inline void for_each_vector(int64_t count, const F& element) {
+  int64_t i = 0;
+  for (; i + Lanes<T>::count <= count; i += Lanes<T>::count) element(i, Whole{});
+  if (i < count) element(i, Part{count - i});
+}
+
+template <class T>
+inline Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
+}
+
+template <class T>
+inline T sum_of_lanes(Vector<T> value) {
+  T sum = 0;
+  for (int64_t i = 0; i < Lanes<T>::count; ++i) sum += value[i];
+  return sum;
+}
+
+template <class T>
+constexpr typename Lanes<T>::integer kSignBit = typename Lanes<T>::integer(1) << (8 * sizeof(T) - 1);
+
+template <class T>
+inline Vector<T> absolute(Vector<T> value) {
+  return Vector<T>(typename Lanes<T>::bits(value) & ~kSignBit<T>);
+}
+
+// factor * sign(value); sign(0) = 0.
+template <class T>
+inline Vector<T> with_sign_of(Vector<T> factor, Vector<T> value) {
+  using bits = typename Lanes<T>::bits;
+  const Vector<T> turned = Vector<T>(bits(factor) ^ (bits(value) & kSignBit<T>));
+  return value != T(0) ? turned : Vector<T>{};
+}
+
+// Bit i is set where lane i is positive.
+template <class T>
+inline uint32_t positive_lanes(Vector<T> value) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask(__m512(value), _mm512_setzero_ps(), _CMP_GT_OQ);
+  else
+    return _mm512_cmp_pd_mask(__m512d(value), _mm512_setzero_pd(), _CMP_GT_OQ);
+#elif BTINET_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps(__m256(value), _mm256_setzero_ps(), _CMP_GT_OQ));
+  else
+    return _mm256_movemask_pd(_mm256_cmp_pd(__m256d(value), _mm256_setzero_pd(), _CMP_GT_OQ));
+#else
+  uint32_t result = 0;
+  for (int64_t i = 0; i < Lanes<T>::count; ++i) result |= uint32_t(value[i] > T(0)) << i;
+  return result;
+#endif
+}
+
+template <class T, size_t... I>
+inline void interleave(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high, std::index_sequence<I...>) {
+  using bits = typename Lanes<T>::bits;
+  using integer = typename Lanes<T>::integer;
+  constexpr size_t n = sizeof...(I);
+  low = __builtin_shuffle(a, b, bits{integer(I % 2 * n + I / 2)...});
+  high = __builtin_shuffle(a, b, bits{integer(I % 2 * n + n / 2 + I / 2)...});
+}
+
+// Transposes a square block of as many vectors as a vector has lanes.
+template <class T>
+inline void transpose(Vector<T> (&block)[Lanes<T>::count]) {
+  constexpr int64_t n = Lanes<T>::count;
+  for (int64_t round = 1; round < n; round *= 2) {
+    Vector<T> mixed[n];
+    for (int64_t i = 0; i < n / 2; ++i)
+      interleave<T>(block[i], block[i + n / 2], mixed[2 * i], mixed[2 * i + 1], std::make_index_sequence<n>{});
+    for (int64_t i = 0; i < n; ++i) block[i] = mixed[i];
+  }
+}
+
+// out[c][r] = in[r][c]: `rows` and `columns` may be anything, out's rows hold whole vectors beyond `rows`.
+template <class S>
+void transpose(const S* in, int64_t in_stride, int64_t rows, int64_t columns, Compute<S>* out, int64_t out_stride) {
+  using T = Compute<S>;
+  constexpr int64_t n = Lanes<T>::count;
+  for (int64_t c = 0; c < columns; c += n) {
+    const int64_t wide = std::min(n, columns - c);
+    for (int64_t r = 0; r < rows; r += n) {
+      const int64_t high = std::min(n, rows - r);
+      Vector<T> block[n] = {};
+      const S* corner = in + r * in_stride + c;
+      if (wide == n && high == n) {
+        for (int64_t i = 0; i < n; ++i) block[i] = load(corner + i * in_stride);
+      } else {
+        for (int64_t i = 0; i < high; ++i) block[i] = load(corner + i * in_stride, Part{wide});
+      }
+      transpose<T>(block);
+      for (int64_t i = 0; i < wide; ++i) store(out + (c + i) * out_stride + r, block[i]);
+    }
+  }
+}
+
+}  // namespace BTINET_ISA
+}  // namespace btinet

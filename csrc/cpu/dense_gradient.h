@@ -1,0 +1,224 @@
+// The gradient of the dense tensor, tile by tile: grad * scale, what comes through mean, variance and edges, and a
+// tile of products that reach it through the context. Compiled once per instruction set (BTINET_ISA).
+#pragma once
+
+namespace btinet {
+namespace BTINET_ISA {
+
+template <class S>
+class DenseGradient {
+  using T = Compute<S>;
+
+ public:
+  DenseGradient(const View<const S>& seg, const View<const S>& grad, const T* scale, const T* mean,
+                const StatisticsGradient<T>& gradient, const View<S>& out)
+      : seg_(seg),
+        grad_(grad),
+        out_(out),
+        seg_offsets_(seg),
+        grad_offsets_(grad),
+        out_offsets_(out),
+        layout_(layout_of(seg, out)),
+        neighbours_(seg.shape, gradient.edges && layout_ == Layout::planes),
+        scale_(scale),
+        mean_(mean),
+        gradient_(gradient) {}
+
+  const Offsets& seg_offsets() const { return seg_offsets_; }
+
+  // What the elements of one sample have in common, per channel in whole vectors: the gradient is
+  // grad * scale + constant + slope * (value - centre) + edges; multiplied out it would cancel.
+  struct Sample {
+    std::vector<T> scale, constant, slope, centre;
+    T edges;
+    bool has_slope;
+    std::vector<T> turned;    // scratch: the products of a tile by channel
+    std::vector<S> repacked;  // scratch: a gradient that lies in another layout
+  };
+
+  void set_sample(int64_t b, Sample& sample) const {
+    const int64_t channels = seg_.shape.channels, stride = padded<T>(channels), count = seg_.shape.positions();
+    for (auto* values : {&sample.scale, &sample.constant, &sample.slope, &sample.centre}) values->assign(stride, T(0));
+    sample.has_slope = gradient_.variance;
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t v = b * channels + c;
+      sample.scale[c] = scale_[v];
+      sample.constant[c] = gradient_.mean[v] / T(count);
+      if (!sample.has_slope) continue;
+      sample.slope[c] = T(2) * gradient_.variance[v] / T(count);
+      sample.centre[c] = mean_[v];
+    }
+    sample.edges = gradient_.edges ? gradient_.edges[b] / (T(channels) * T(count)) : T(0);
+  }
+
+  // Writes the channels [first, first + columns) of up to kTile positions; `products` [positions, stride] or null.
+  void write(const Range& positions, int64_t first, int64_t columns, const T* products, int64_t stride,
+             Sample& sample) const {
+    const Block block{positions, first, columns, products, stride};
+    switch (layout_) {
+      case Layout::rows:
+        switch (gradient_.edges ? neighbours_.axes() : 0) {
+          case 0:
+            return write_rows<0>(block, sample);
+          case 1:
+            return write_rows<1>(block, sample);
+          case 2:
+            return write_rows<2>(block, sample);
+          default:
+            return write_rows<3>(block, sample);
+        }
+      case Layout::planes:
+        return write_planes(block, sample);
+      case Layout::scattered:
+        return write_scattered(block, sample);
+    }
+  }
+
+ private:
+  struct Block {
+    Range positions;
+    int64_t first;
+    int64_t columns;
+    const T* products;
+    int64_t stride;
+
+    int64_t rows() const { return positions.end - positions.begin; }
+  };
+
+  // The gradient's values of a block with steps between positions and channels: in place, or brought into the layout.
+  struct Upstream {
+    const S* data;
+    int64_t position_step;
+    int64_t channel_step;
+  };
+
+  Upstream upstream(const Block& block, Sample& sample) const {
+    const S* base = grad_.data + block.positions.sample * grad_.batch_stride + block.first * grad_.channel_stride;
+    if (layout_of(grad_) == layout_ && grad_offsets_.even())
+      return {base + grad_offsets_[block.positions.begin], grad_offsets_.step(), grad_.channel_stride};
+    const bool rows = layout_ == Layout::rows;
+    const int64_t position_step = rows ? block.columns : 1, channel_step = rows ? 1 : kTile;
+    sample.repacked.resize(kTile * std::max(block.columns, int64_t(1)));
+    for (int64_t c = 0; c < block.columns; ++c)
+      for (int64_t r = 0; r < block.rows(); ++r)
+        sample.repacked[r * position_step + c * channel_step] =
+            base[grad_offsets_[block.positions.begin + r] + c * grad_.channel_stride];
+    return {sample.repacked.data(), position_step, channel_step};
+  }
+
+  template <int A>
+  void write_rows(const Block& block, Sample& sample) const {
+    const int64_t first = block.first, begin = block.positions.begin;
+    const S* base = seg_.data + block.positions.sample * seg_.batch_stride + first;
+    S* target = out_.data + block.positions.sample * out_.batch_stride + first;
+    const Upstream up = upstream(block, sample);
+    const Vector<T> edges = broadcast(sample.edges);
+    const T *scale = &sample.scale[first], *constant = &sample.constant[first];
+    const T *slope = &sample.slope[first], *centre = &sample.centre[first];
+    auto walk = neighbours_.walk_from(begin);
+    for (int64_t r = 0; r < block.rows(); ++r, walk.advance()) {
+      const S* here = base + seg_offsets_[begin + r];
+      const S *next[3] = {here, here, here}, *previous[3] = {here, here, here};
+      for (int a = 0; a < A; ++a) {
+        const int64_t step = neighbours_.step(a);
+        if (walk.has_next(a)) next[a] = base + seg_offsets_[begin + r + step];
+        if (walk.has_previous(a)) previous[a] = base + seg_offsets_[begin + r - step];
+      }
+      const S* from = up.data + r * up.position_step;
+      S* to = target + out_offsets_[begin + r];
+      const T* products = block.products ? block.products + r * block.stride : nullptr;
+      for_each_vector<T>(block.columns, [&](int64_t c, auto part) {
+        Vector<T> result = load(from + c, part) * load(scale + c) + load(constant + c);
+        const Vector<T> value = load(here + c, part);
+        if (sample.has_slope) result += load(slope + c) * (value - load(centre + c));
+        for (int a = 0; a < A; ++a)
+          result += with_sign_of<T>(edges, value - load(previous[a] + c, part)) -
+                    with_sign_of<T>(edges, load(next[a] + c, part) - value);
+        if (products) result += load(products + c);
+        store(to + c, result, part);
+      });
+    }
+  }
+
+  // slope[r] += the edges' share of the gradient of a plane's positions.
+  void add_edges_of_plane(const S* plane, const Range& positions, Vector<T> edges, T* slope) const {
+    using bits = typename Lanes<T>::bits;
+    const int64_t rows = positions.end - positions.begin;
+    const S* here = plane + positions.begin;
+    for (int a = 0; a < neighbours_.axes(); ++a) {
+      const int64_t step = neighbours_.step(a);
+      const auto* mask = neighbours_.next_mask(a) + positions.begin;
+      const auto linked = [&](int64_t r, auto part) {
+        const bits sign = bits(with_sign_of<T>(edges, load(here + r + step, part) - load(here + r, part)));
+        return Vector<T>(sign & *reinterpret_cast<const bits*>(mask + r));
+      };
+      const int64_t with_next = std::min(rows, neighbours_.count() - step - positions.begin);
+      for_each_vector<T>(
+          with_next, [&](int64_t r, auto part) { store(slope + r, load(slope + r, part) - linked(r, part), part); });
+      const int64_t start = std::max<int64_t>(0, step - positions.begin);
+      for_each_vector<T>(rows - start, [&](int64_t r, auto part) {
+        store(slope + start + r, load(slope + start + r, part) + linked(start + r - step, part), part);
+      });
+    }
+  }
+
+  void write_planes(const Block& block, Sample& sample) const {
+    if (block.products) {
+      sample.turned.resize(std::max<int64_t>(block.columns * kTile, 1));
+      transpose(block.products, block.stride, block.rows(), block.columns, sample.turned.data(), kTile);
+    }
+    const Upstream up = upstream(block, sample);
+    const int64_t begin = block.positions.begin;
+    for (int64_t i = 0; i < block.columns; ++i) {
+      const int64_t c = block.first + i;
+      const S* plane = seg_.data + block.positions.sample * seg_.batch_stride + c * seg_.channel_stride;
+      S* to = out_.data + block.positions.sample * out_.batch_stride + c * out_.channel_stride + begin;
+      const S *here = plane + begin, *from = up.data + i * up.channel_step;
+      T sums[kTile] = {};
+      T* products = block.products ? &sample.turned[i * kTile] : sums;
+      if (gradient_.edges) add_edges_of_plane(plane, block.positions, broadcast(sample.edges), products);
+      const T scale = sample.scale[c], constant = sample.constant[c], slope = sample.slope[c];
+      const T centre = sample.centre[c];
+      for_each_vector<T>(block.rows(), [&](int64_t r, auto part) {
+        Vector<T> result = load(from + r, part) * scale + constant + load(products + r);
+        if (sample.has_slope) result += slope * (load(here + r, part) - centre);
+        store(to + r, result, part);
+      });
+    }
+  }
+
+  void write_scattered(const Block& block, const Sample& sample) const {
+    const int64_t b = block.positions.sample;
+    auto walk = neighbours_.walk_from(block.positions.begin);
+    for (int64_t r = 0; r < block.rows(); ++r, walk.advance()) {
+      const int64_t n = block.positions.begin + r;
+      for (int64_t i = 0; i < block.columns; ++i) {
+        const int64_t c = block.first + i;
+        const S* channel = seg_.data + b * seg_.batch_stride + c * seg_.channel_stride;
+        const T value = channel[seg_offsets_[n]];
+        const T up = grad_.data[b * grad_.batch_stride + c * grad_.channel_stride + grad_offsets_[n]];
+        T result = up * sample.scale[c] + (sample.constant[c] + sample.slope[c] * (value - sample.centre[c]));
+        for (int a = 0; gradient_.edges && a < neighbours_.axes(); ++a) {
+          const int64_t step = neighbours_.step(a);
+          if (walk.has_previous(a)) result += sample.edges * sign(value - T(channel[seg_offsets_[n - step]]));
+          if (walk.has_next(a)) result -= sample.edges * sign(T(channel[seg_offsets_[n + step]]) - value);
+        }
+        if (block.products) result += block.products[r * block.stride + i];
+        out_.data[b * out_.batch_stride + c * out_.channel_stride + out_offsets_[n]] = stored<S>(result);
+      }
+    }
+  }
+
+  static T sign(T value) { return T(value > T(0)) - T(value < T(0)); }
+
+  View<const S> seg_, grad_;
+  View<S> out_;
+  Offsets seg_offsets_, grad_offsets_, out_offsets_;
+  Layout layout_;
+  Neighbours<T> neighbours_;
+  const T *scale_, *mean_;
+  StatisticsGradient<T> gradient_;
+};
+
+}  // namespace BTINET_ISA
+}  // namespace btinet
