@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/interaction.h"
+#include "cpu/level.h"
 
 namespace py = pybind11;
 using namespace btinet;
@@ -85,6 +86,46 @@ void bind_passes(py::module_& module, const std::string& suffix) {
       Release());
 }
 
+// Addresses of the weights in LevelWeights' order; a pointer for those that are missing is null.
+template <class T>
+LevelWeights<T> level_weights(const std::array<uintptr_t, 18>& a) {
+  return {at<T>(a[0]),  at<T>(a[1]),  at<T>(a[2]),  at<T>(a[3]),  at<T>(a[4]),  at<T>(a[5]),
+          at<T>(a[6]),  at<T>(a[7]),  at<T>(a[8]),  at<T>(a[9]),  at<T>(a[10]), at<T>(a[11]),
+          at<T>(a[12]), at<T>(a[13]), at<T>(a[14]), at<T>(a[15]), at<T>(a[16]), at<T>(a[17])};
+}
+
+template <class T>
+LevelInputs<T> level_inputs(const std::array<uintptr_t, 5>& a) {
+  return {at<const T>(a[0]), at<const T>(a[1]), at<const T>(a[2]), at<const T>(a[3]), at<const T>(a[4])};
+}
+
+template <class T>
+void bind_level(py::module_& module, const std::string& suffix) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  using Weights = std::array<uintptr_t, 18>;
+  using Inputs = std::array<uintptr_t, 5>;
+  module.def(("level_vectors_" + suffix).c_str(),
+             [](const LevelOptions& options, const Inputs& in, const Weights& weights,
+                const std::array<uintptr_t, 6>& out, int threads) {
+               level_vectors<T>(
+                   options, level_inputs<T>(in), level_weights<const T>(weights),
+                   {at<T>(out[0]), at<T>(out[1]), at<T>(out[2]), at<T>(out[3]), at<T>(out[4]), at<T>(out[5])}, threads);
+             },
+             Release());
+  module.def(
+      ("level_backward_" + suffix).c_str(),
+      [](const LevelOptions& options, const Inputs& in, const Weights& weights,
+         const std::array<uintptr_t, 4>& upstream, const std::array<uintptr_t, 5>& gradient,
+         const Weights& weight_gradient, int threads) {
+        level_backward<T>(
+            options, level_inputs<T>(in), level_weights<const T>(weights),
+            {at<const T>(upstream[0]), at<const T>(upstream[1]), at<const T>(upstream[2]), at<const T>(upstream[3])},
+            {at<T>(gradient[0]), at<T>(gradient[1]), at<T>(gradient[2]), at<T>(gradient[3]), at<T>(gradient[4])},
+            level_weights<T>(weight_gradient), threads);
+      },
+      Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -93,6 +134,13 @@ PYBIND11_MODULE(_cpu, module) {
         return Dense{address, size, stride};
       }));
   module.def("instruction_set", &instruction_set);
+  py::class_<LevelOptions>(module, "LevelOptions")
+      .def(py::init([](const std::array<int64_t, 6>& sizes, int signals, double strength, bool training, double eps) {
+        return LevelOptions{sizes[0], sizes[1],         sizes[2], sizes[3], sizes[4],
+                            sizes[5], Signals(signals), strength, training, eps};
+      }));
+  bind_level<float>(module, "float32");
+  bind_level<double>(module, "float64");
   bind_passes<float>(module, "float32");
   bind_passes<double>(module, "float64");
   bind_passes<bfloat16>(module, "bfloat16");

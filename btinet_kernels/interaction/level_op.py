@@ -15,13 +15,13 @@ from btinet_kernels.interaction.passes_op import (
     accumulation_dtype,
     active_shape,
     as_taken,
-    channel_dot,
     in_format_of,
+    no_double_backward,
     passes_for,
-    statistics_backward,
+    statistics_backward_of,
     unpack,
 )
-from btinet_kernels.interaction.reference import Context, Statistics
+from btinet_kernels.interaction.reference import Context, InteractionWeights, Statistics
 from btinet_kernels.interaction.vectors_backward import level_backward
 
 
@@ -77,7 +77,8 @@ def level_forward(
         stats = passes.statistics(dense, context, variance=variance, edges=edges, active=for_backward)
         if proxies and not edges:
             stats = stats._replace(edges=stats.mean.new_zeros(seg.shape[0]))
-        scale, *vectors = level_vectors(stats, clf, packed, options)
+        vectors_of = getattr(passes, "level_vectors", level_vectors)
+        scale, *vectors = vectors_of(stats, clf, packed, options)
         return passes.scale_channels(dense, scale).to(seg.dtype), *vectors, scale, *stats
 
 
@@ -134,34 +135,80 @@ def _level_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(*output[4:])
 
 
-def _level_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-    seg, clf, scale, *rest = ctx.saved_tensors
-    stats, packed = Statistics(*rest[:6]), rest[6:]
-    grad_seg, grad_clf_out, grad_gates, grad_proxies = upstream[:4]
-    options: LevelOptions = ctx.options
-    dtype = stats.mean.dtype
+@custom_op("btinet_kernels::task_interaction_backward", mutates_args=())
+def level_gradient(
+    upstream: list[Tensor],
+    seg: Tensor,
+    clf: Tensor,
+    scale: Tensor,
+    stats: list[Tensor],
+    weights: list[Tensor],
+    softmax: bool,
+    signals: str,
+    strength: float,
+    training: bool,
+    eps: float,
+) -> list[Tensor]:
+    """Gradients of seg, of clf and of the weights, without the running statistics.
+
+    ``upstream``: of the first four results of ``level``; ``stats``: what it returned.
+    """
+    options = LevelOptions(softmax, signals, strength, training, eps)
+    grad_seg, grad_clf, grad_gates, grad_proxies = upstream
+    passes, statistics = passes_for(seg, grad_seg), Statistics(*stats)
+    dense, grad_dense = as_taken(passes, seg), as_taken(passes, grad_seg)
+    dtype = scale.dtype
     with torch.autocast(seg.device.type, enabled=False):
-        weights, gate = unpack([tensor.to(dtype) for tensor in packed], options.softmax, options.signals)
-        gradient = level_backward(
-            stats,
+        converted = [tensor.to(dtype) for tensor in weights]
+        gradient = getattr(passes, "level_backward", level_backward)(
+            statistics,
             clf.to(dtype),
-            weights,
-            gate,
+            *unpack(converted, softmax, signals),
             options,
-            d_scale=channel_dot(grad_seg, seg),
-            d_clf_out=grad_clf_out.to(dtype),
+            d_scale=passes.channel_dot(grad_dense, dense),
+            d_clf_out=grad_clf.to(dtype),
             d_gates=grad_gates,
             d_proxies=grad_proxies,
         )
-        context = packed[: 3 if options.softmax else 2]
-        if options.signals == "proxies" and not reference.has_edge_energy(seg):
+        if signals == "proxies" and not reference.has_edge_energy(seg):
             gradient.stats[2] = gradient.stats[2].new_empty(0)
-        grad_dense, *grad_context = statistics_backward(seg, grad_seg, scale, context, list(stats), gradient.stats)
-    vectors = gradient.weights
-    running: list[Tensor | None] = [None, None]
-    in_order = [*grad_context[: len(context)], *vectors[:4], *running, *vectors[4:], *gradient.gate]
-    grad_packed = [None if g is None else g.to(w.dtype) for g, w in zip(in_order, packed, strict=True)]
-    return grad_dense, gradient.clf.to(clf.dtype), grad_packed, None, None, None, None, None
+        context = Context(converted[0], converted[1], converted[2] if softmax else None)
+        of_stats = Statistics(*gradient.stats, *(scale.new_empty(0) for _ in range(2)))
+        backward = statistics_backward_of(passes)
+        d_dense, d_context = backward(dense, grad_dense, scale, context, statistics, of_stats)
+    like = [weight for n, weight in enumerate(weights) if n not in running_statistics(softmax)]
+    d_weights = [*d_context, *gradient.weights, *gradient.gate]
+    return [
+        in_format_of(seg, d_dense.to(seg.dtype)),
+        gradient.clf.to(clf.dtype),
+        *(d.to(weight.dtype) for d, weight in zip(d_weights, like, strict=True)),
+    ]
 
 
-level.register_autograd(_level_gradient, setup_context=_level_setup)
+@level_gradient.register_fake
+def _(upstream, seg, clf, scale, stats, weights, softmax, signals, strength, training, eps):  # type: ignore[no-untyped-def]
+    like = [weight for n, weight in enumerate(weights) if n not in running_statistics(softmax)]
+    rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (clf, *like)]
+    return [torch.empty_like(seg), *rows]
+
+
+level_gradient.register_autograd(no_double_backward)
+
+
+def running_statistics(softmax: bool) -> tuple[int, int]:
+    """Where the packed weights hold the running mean and variance."""
+    first = InteractionWeights._fields.index("running_mean") - (0 if softmax else 1)
+    return first, first + 1
+
+
+def _level_backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+    seg, clf, scale, *rest = ctx.saved_tensors
+    stats, weights = rest[: len(Statistics._fields)], rest[len(Statistics._fields) :]
+    options: LevelOptions = ctx.options
+    d_seg, d_clf, *d_weights = level_gradient(list(upstream[:4]), seg, clf, scale, stats, weights, *options)
+    for n in running_statistics(options.softmax):
+        d_weights.insert(n, None)
+    return d_seg, d_clf, d_weights, None, None, None, None, None
+
+
+level.register_autograd(_level_backward, setup_context=_level_setup)

@@ -5,14 +5,16 @@ Strides are honoured: contiguous, channels_last and anything else with one to th
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from btinet_kernels.backends import native_module
-from btinet_kernels.interaction.passes_op import accumulation_dtype, active_shape
-from btinet_kernels.interaction.reference import Context, Statistics
+from btinet_kernels.interaction.passes_op import LevelOptions, accumulation_dtype, active_shape, unpack
+from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
+from btinet_kernels.interaction.vectors_backward import LevelGradient
 
 
 def statistics(
@@ -82,6 +84,102 @@ def statistics_backward(
         [_address(g) for g in gradients] + [0] * (3 - len(gradients)),
     )
     return out, gradients
+
+
+def level_vectors(
+    stats: Statistics, clf: Tensor, packed: Sequence[Tensor], options: LevelOptions
+) -> tuple[Tensor, ...]:
+    """See ``level_op.level_vectors``."""
+    owner = _Rows()
+    weights, gate = unpack([tensor.to(stats.mean.dtype) for tensor in packed], options.softmax, options.signals)
+    base = clf.to(stats.mean.dtype)
+    rows, features = base.shape
+    proxies = _SIGNALS[options.signals].count
+    new = stats.mean.new_empty
+    result = [
+        torch.empty_like(stats.mean),
+        new(rows, features),
+        new((rows, 2) if proxies else 0),
+        new((rows, proxies) if proxies else 0),
+        new(features if options.training else 0),
+        new(features if options.training else 0),
+    ]
+    _call(
+        "level_vectors",
+        base,
+        _level_options(base, weights, gate, options),
+        _level_inputs(owner, stats, base),
+        _level_weights(owner, weights, gate),
+        [_address(t) for t in result],
+    )
+    result[1] = result[1].to(clf.dtype)
+    return tuple(result)
+
+
+def level_backward(
+    stats: Statistics,
+    clf: Tensor,
+    weights: InteractionWeights,
+    gate: GateWeights | None,
+    options: LevelOptions,
+    *,
+    d_scale: Tensor,
+    d_clf_out: Tensor,
+    d_gates: Tensor,
+    d_proxies: Tensor,
+) -> LevelGradient:
+    """See ``vectors_backward.level_backward``."""
+    owner = _Rows()
+    new = stats.mean.new_empty
+    signals = options.signals
+    d_stats = [
+        torch.empty_like(stats.mean),
+        new(stats.mean.shape if signals == "variance" else 0),
+        new(stats.mean.shape[0] if signals == "proxies" else 0),
+        new(stats.pooled.shape),
+    ]
+    d_clf = new(clf.shape)
+    d_weights = [new(w.shape) for w in (*weights[3:7], *weights[9:])]
+    d_gate = [new(w.shape) for w in gate or () if w is not None]
+    missing = [0, 0] if signals == "variance" else []
+    addresses = [_address(t) for t in d_weights], [*missing, *(_address(t) for t in d_gate)]
+    _call(
+        "level_backward",
+        clf,
+        _level_options(clf, weights, gate, options),
+        _level_inputs(owner, stats, clf),
+        _level_weights(owner, weights, gate),
+        [owner.address(t) for t in (d_scale, d_clf_out, d_gates, d_proxies)],
+        [_address(t) for t in (*d_stats, d_clf)],
+        [*addresses[0][:4], 0, 0, *addresses[0][4:], *(addresses[1] or [0] * 6)],
+    )
+    return LevelGradient(d_stats, d_clf, d_weights, d_gate)
+
+
+class _Signal(NamedTuple):
+    code: int  # Signals in csrc/cpu/level.h
+    count: int
+
+
+_SIGNALS = {"none": _Signal(0, 0), "proxies": _Signal(1, 3), "variance": _Signal(2, 2)}
+
+
+def _level_options(clf: Tensor, weights: InteractionWeights, gate: GateWeights | None, options: LevelOptions) -> Any:
+    projection = 0 if gate is None or gate.seg_projection is None else gate.seg_projection.shape[0]
+    gate_hidden = 0 if gate is None else gate.hidden_bias.shape[0]
+    hidden, channels = weights.context_weight.shape
+    sizes = [clf.shape[0], channels, clf.shape[1], hidden, projection, gate_hidden]
+    return native_module.LevelOptions(
+        sizes, _SIGNALS[options.signals].code, options.strength, options.training, options.eps
+    )
+
+
+def _level_inputs(owner: _Rows, stats: Statistics, clf: Tensor) -> list[int]:
+    return [owner.address(t) for t in (*stats[:4], clf)]
+
+
+def _level_weights(owner: _Rows, weights: InteractionWeights, gate: GateWeights | None) -> list[int]:
+    return [0 if w is None else owner.address(w) for w in (*weights[3:], *(gate or [None] * 6))]
 
 
 class _Rows:

@@ -93,45 +93,40 @@ def _(grad, seg):  # type: ignore[no-untyped-def]
 
 @custom_op("btinet_kernels::statistics_backward", mutates_args=())
 def statistics_backward(
-    seg: Tensor,
-    grad: Tensor,
-    scale: Tensor,
-    context: list[Tensor],
-    saved: list[Tensor],
-    gradient: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Backward pass B: ``grad · scale`` plus the gradient through ``reference.statistics``.
+    seg: Tensor, grad: Tensor, scale: Tensor, mean: Tensor, d_mean: Tensor, d_variance: Tensor, d_edges: Tensor
+) -> Tensor:
+    """Backward pass B without a context: ``grad · scale`` plus the gradient through ``reference.statistics``.
 
-    Returns the gradients of seg and of the context's weights, in ``pack``'s order, empty where there are none.
+    ``mean``: of seg, needed with ``d_variance``. Statistics that nothing depends on have empty gradients.
     """
     passes = passes_for(seg, grad)
-    dense, upstream = as_taken(passes, seg), as_taken(passes, grad)
-    weights = [w.to(accumulation_dtype(seg)) for w in context]
-    of = Context(*weights, *[None] * (3 - len(weights))) if weights else None
-    stats, grad_stats = Statistics(*saved), Statistics(*gradient, *[seg.new_empty(0)] * 2)
-    backward = _statistics_backward_reference if passes is reference else passes.statistics_backward
-    out, grads = backward(dense, upstream, scale, of, stats, grad_stats)
-    grads += [scale.new_empty(0) for _ in range(3 - len(grads))]
-    return in_format_of(seg, out.to(seg.dtype)), *grads  # type: ignore[return-value]
+    none = [scale.new_empty(0) for _ in range(5)]
+    saved, gradient = Statistics(mean, *none), Statistics(d_mean, d_variance, d_edges, *none[:3])
+    backward = statistics_backward_of(passes)
+    out, _ = backward(as_taken(passes, seg), as_taken(passes, grad), scale, None, saved, gradient)
+    return in_format_of(seg, out.to(seg.dtype))
 
 
 @statistics_backward.register_fake
-def _(seg, grad, scale, context, saved, gradient):  # type: ignore[no-untyped-def]
-    vectors = seg.new_empty(0, dtype=accumulation_dtype(seg))
-    grads = [vectors.new_empty(w.shape) for w in context]
-    grads += [vectors.new_empty(0) for _ in range(3 - len(grads))]
-    return torch.empty_like(seg), *grads
+def _(seg, grad, scale, mean, d_mean, d_variance, d_edges):  # type: ignore[no-untyped-def]
+    return torch.empty_like(seg)
 
 
-def _no_double_backward(ctx: Any, *upstream: Tensor) -> None:
+def no_double_backward(ctx: Any, *upstream: Tensor) -> None:
+    """The backward of a backward."""
     raise RuntimeError(
         "a fused interaction cannot be differentiated twice; compute the first gradient inside "
         "btinet_kernels.use_backend('reference') as well as the forward pass."
     )
 
 
-channel_dot.register_autograd(_no_double_backward)
-statistics_backward.register_autograd(_no_double_backward)
+channel_dot.register_autograd(no_double_backward)
+statistics_backward.register_autograd(no_double_backward)
+
+
+def statistics_backward_of(passes: Any) -> Any:
+    """The function of a backend that goes back through ``statistics``."""
+    return _statistics_backward_reference if passes is reference else passes.statistics_backward
 
 
 def _statistics_backward_reference(

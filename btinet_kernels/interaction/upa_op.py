@@ -135,12 +135,10 @@ def _interpolation_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         share = gates[:, :1].expand(base.shape[:2])
         edges = gradient.edges if proxies and reference.has_edge_energy(base) else none
         zero = torch.zeros_like(mean)
-        of_base = [-gradient.seg, none, edges, none] if proxies else [zero, none, none, none]
-        of_enhanced = [gradient.seg, none, none, none] if proxies else [zero, gradient.seg, none, none]
-        grad_base, *_ = statistics_backward(base, grad_seg, 1 - share, [], [base_mean, *[none] * 5], of_base)
-        grad_enhanced, *_ = statistics_backward(
-            enhanced, grad_seg, share.clone(), [], [mean, *[none] * 5], of_enhanced
-        )
+        of_base = (-gradient.seg, none, edges) if proxies else (zero, none, none)
+        of_enhanced = (gradient.seg, none, none) if proxies else (zero, gradient.seg, none)
+        grad_base = statistics_backward(base, grad_seg, 1 - share, base_mean, *of_base)
+        grad_enhanced = statistics_backward(enhanced, grad_seg, share.clone(), mean, *of_enhanced)
         clf_share = gates[:, 1:]
         grad_clf_base = gradient.clf + grad_clf_out * (1 - clf_share)
         grad_clf_enhanced = gradient.clf_enhanced + grad_clf_out * clf_share

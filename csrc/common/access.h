@@ -7,6 +7,13 @@ namespace BTINET_ISA {
 
 constexpr int64_t kTile = 48;  // positions a tile holds
 
+// Calls with consecutive pieces of at most `positions` positions.
+template <class F>
+void for_each_tile(const Range& range, int64_t positions, const F& tile) {
+  for (int64_t begin = range.begin; begin < range.end; begin += positions)
+    tile(Range{range.sample, begin, std::min(begin + positions, range.end)});
+}
+
 // rows: the channels of a position lie side by side. planes: the positions of a channel do.
 enum class Layout { rows, planes, scattered };
 
@@ -51,6 +58,28 @@ class Offsets {
   bool even_;
   std::vector<int64_t> values_;
 };
+
+// Asks for the channels [first, first + columns) of some positions, to be at hand when they are needed.
+template <bool kForWriting, class S>
+void prefetch(const View<S>& view, const Offsets& offsets, const Range& range, int64_t first, int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(S);
+  constexpr int kSecondCache = 2;
+  const auto* base = view.data + range.sample * view.batch_stride + first * view.channel_stride;
+  switch (layout_of(view)) {
+    case Layout::rows:
+      for (int64_t n = range.begin; n < range.end; ++n)
+        for (int64_t c = 0; c < columns; c += line)
+          __builtin_prefetch(base + offsets[n] + c, kForWriting, kSecondCache);
+      break;
+    case Layout::planes:
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t n = range.begin; n < range.end; n += line)
+          __builtin_prefetch(base + c * view.channel_stride + n, kForWriting, kSecondCache);
+      break;
+    case Layout::scattered:
+      break;
+  }
+}
 
 // tile[r][c] = view[sample, first + c, begin + r] for c < columns; the rest of a row's last vector is zero.
 template <class S>
@@ -104,7 +133,7 @@ class PaddedRows {
  public:
   PaddedRows(const T* matrix, int64_t rows, int64_t columns) : data_(matrix), stride_(padded<T>(columns)) {
     if (stride_ == columns) return;
-    copy_.assign(rows * stride_, T(0));
+    copy_.fill(rows * stride_, T(0));
     for (int64_t r = 0; r < rows; ++r) std::copy(matrix + r * columns, matrix + (r + 1) * columns, &copy_[r * stride_]);
     data_ = copy_.data();
   }
@@ -115,7 +144,7 @@ class PaddedRows {
   int64_t stride() const { return stride_; }
 
  private:
-  std::vector<T> copy_;
+  Scratch<T> copy_;
   const T* data_;
   int64_t stride_;
 };

@@ -28,10 +28,20 @@ class Partition {
   int64_t per_sample() const { return per_sample_; }
   // Ranges are handed out in runs, so that scratch of `bytes` that is too large to keep per range is kept per run.
   int64_t groups(int64_t bytes) const {
-    const int64_t affordable = std::max<int64_t>(kFewestGroups, kScratch / std::max<int64_t>(bytes, 1));
-    return std::min({ranges_, kRanges, affordable});
+    int64_t groups = kRanges;
+    while (groups > kFewestGroups && groups * bytes > kScratch) groups /= 2;
+    return std::min(ranges_, groups);
   }
-  int64_t group_begin(int64_t group, int64_t groups) const { return group * ranges_ / groups; }
+  // Calls with each stretch of positions of one sample in a group.
+  template <class F>
+  void for_each_stretch(int64_t group, int64_t groups, const F& stretch) const {
+    const int64_t end = (group + 1) * ranges_ / groups;
+    for (int64_t index = group * ranges_ / groups; index < end;) {
+      Range whole = range(index);
+      while (++index < end && range(index).sample == whole.sample) whole.end = range(index).end;
+      stretch(whole);
+    }
+  }
 
   Range range(int64_t index) const {
     const int64_t part = index % per_sample_;
@@ -43,7 +53,7 @@ class Partition {
  private:
   static constexpr int64_t kRanges = 32;
   static constexpr int64_t kFewestGroups = 8;
-  static constexpr int64_t kScratch = 4 << 20;
+  static constexpr int64_t kScratch = 5 << 20;
   int64_t positions_;
   int64_t tiles_;
   int64_t tile_;

@@ -113,7 +113,7 @@ struct PoolReLU {
   const T* bias;
   T* total;
   uint8_t* active;
-  int64_t active_stride;
+  int64_t active_bytes;  // of a row
 
   vector start(int64_t, int64_t column) const { return vector_at(bias + column); }
   template <int R>
@@ -124,13 +124,10 @@ struct PoolReLU {
       pooled += sum[r] < T(0) ? vector{} : sum[r];  // lets NaN through, as torch does
       if (!kBits) continue;
       const uint32_t bits = positive_lanes<T>(sum[r]);
-      uint8_t* byte = active + (row + r) * active_stride + column / 8;
-      if (lanes == 16) {
-        byte[0] = uint8_t(bits);
-        byte[1] = uint8_t(bits >> 8);
-      } else {
-        *byte = column % 8 == 0 ? uint8_t(bits) : uint8_t(*byte | bits << column % 8);
-      }
+      if (column / 8 >= active_bytes) continue;  // the padding of the last vector
+      uint8_t* byte = active + (row + r) * active_bytes + column / 8;
+      *byte = column % 8 == 0 ? uint8_t(bits) : uint8_t(*byte | bits << column % 8);
+      if (lanes == 16 && column / 8 + 1 < active_bytes) byte[1] = uint8_t(bits >> 8);
     }
     vector_at(total + column) = pooled;
   }

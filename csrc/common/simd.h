@@ -80,11 +80,25 @@ inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
+template <class T, size_t... I>
+inline Vector<T> rotated(Vector<T> value, size_t by, std::index_sequence<I...>) {
+  using integer = typename Lanes<T>::integer;
+  return __builtin_shuffle(value, typename Lanes<T>::bits{integer((I + by) % sizeof...(I))...});
+}
+
 template <class T>
 inline T sum_of_lanes(Vector<T> value) {
-  T sum = 0;
-  for (int64_t i = 0; i < Lanes<T>::count; ++i) sum += value[i];
-  return sum;
+  constexpr int64_t n = Lanes<T>::count;
+  for (int64_t by = n / 2; by > 0; by /= 2) value += rotated<T>(value, by, std::make_index_sequence<n>{});
+  return value[0];
+}
+
+// Adds the first `count` lanes to sums kept in double.
+template <class T>
+inline void add_lanes(Vector<T> value, double* sums, int64_t count) {
+  T lanes[Lanes<T>::count];
+  store(lanes, value);
+  for (int64_t i = 0; i < count; ++i) sums[i] += lanes[i];
 }
 
 template <class T>

@@ -8,6 +8,7 @@ namespace BTINET_ISA {
 template <class S>
 class DenseGradient {
   using T = Compute<S>;
+  static constexpr int64_t kLongTile = 4 * kTile;
 
  public:
   DenseGradient(const View<const S>& seg, const View<const S>& grad, const T* scale, const T* mean,
@@ -25,20 +26,22 @@ class DenseGradient {
         gradient_(gradient) {}
 
   const Offsets& seg_offsets() const { return seg_offsets_; }
+  // Short tiles stay in the fastest cache; planes want longer runs of memory.
+  int64_t longest_tile() const { return layout_ == Layout::planes ? kLongTile : kTile; }
 
   // What the elements of one sample have in common, per channel in whole vectors: the gradient is
   // grad * scale + constant + slope * (value - centre) + edges; multiplied out it would cancel.
   struct Sample {
-    std::vector<T> scale, constant, slope, centre;
+    Scratch<T> scale, constant, slope, centre;
     T edges;
     bool has_slope;
-    std::vector<T> turned;    // scratch: the products of a tile by channel
-    std::vector<S> repacked;  // scratch: a gradient that lies in another layout
+    Scratch<T> turned;    // the products of a tile by channel
+    Scratch<S> repacked;  // a gradient that lies in another layout
   };
 
   void set_sample(int64_t b, Sample& sample) const {
     const int64_t channels = seg_.shape.channels, stride = padded<T>(channels), count = seg_.shape.positions();
-    for (auto* values : {&sample.scale, &sample.constant, &sample.slope, &sample.centre}) values->assign(stride, T(0));
+    for (auto* values : {&sample.scale, &sample.constant, &sample.slope, &sample.centre}) values->fill(stride, T(0));
     sample.has_slope = gradient_.variance;
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t v = b * channels + c;
@@ -51,7 +54,15 @@ class DenseGradient {
     sample.edges = gradient_.edges ? gradient_.edges[b] / (T(channels) * T(count)) : T(0);
   }
 
-  // Writes the channels [first, first + columns) of up to kTile positions; `products` [positions, stride] or null.
+  // Asks for what `write` will need.
+  void prefetch(const Range& positions, int64_t first, int64_t columns) const {
+    BTINET_ISA::prefetch<false>(seg_, seg_offsets_, positions, first, columns);
+    BTINET_ISA::prefetch<false>(grad_, grad_offsets_, positions, first, columns);
+    BTINET_ISA::prefetch<true>(out_, out_offsets_, positions, first, columns);
+  }
+
+  // Writes the channels [first, first + columns) of up to longest_tile() positions; `products` [positions, stride] or
+  // null.
   void write(const Range& positions, int64_t first, int64_t columns, const T* products, int64_t stride,
              Sample& sample) const {
     const Block block{positions, first, columns, products, stride};
@@ -97,8 +108,8 @@ class DenseGradient {
     if (layout_of(grad_) == layout_ && grad_offsets_.even())
       return {base + grad_offsets_[block.positions.begin], grad_offsets_.step(), grad_.channel_stride};
     const bool rows = layout_ == Layout::rows;
-    const int64_t position_step = rows ? block.columns : 1, channel_step = rows ? 1 : kTile;
-    sample.repacked.resize(kTile * std::max(block.columns, int64_t(1)));
+    const int64_t position_step = rows ? block.columns : 1, channel_step = rows ? 1 : kLongTile;
+    sample.repacked.resize(kLongTile * block.columns);
     for (int64_t c = 0; c < block.columns; ++c)
       for (int64_t r = 0; r < block.rows(); ++r)
         sample.repacked[r * position_step + c * channel_step] =
@@ -140,48 +151,60 @@ class DenseGradient {
     }
   }
 
-  // slope[r] += the edges' share of the gradient of a plane's positions.
-  void add_edges_of_plane(const S* plane, const Range& positions, Vector<T> edges, T* slope) const {
-    using bits = typename Lanes<T>::bits;
-    const int64_t rows = positions.end - positions.begin;
-    const S* here = plane + positions.begin;
-    for (int a = 0; a < neighbours_.axes(); ++a) {
-      const int64_t step = neighbours_.step(a);
-      const auto* mask = neighbours_.next_mask(a) + positions.begin;
-      const auto linked = [&](int64_t r, auto part) {
-        const bits sign = bits(with_sign_of<T>(edges, load(here + r + step, part) - load(here + r, part)));
-        return Vector<T>(sign & *reinterpret_cast<const bits*>(mask + r));
-      };
-      const int64_t with_next = std::min(rows, neighbours_.count() - step - positions.begin);
-      for_each_vector<T>(
-          with_next, [&](int64_t r, auto part) { store(slope + r, load(slope + r, part) - linked(r, part), part); });
-      const int64_t start = std::max<int64_t>(0, step - positions.begin);
-      for_each_vector<T>(rows - start, [&](int64_t r, auto part) {
-        store(slope + start + r, load(slope + start + r, part) + linked(start + r - step, part), part);
-      });
-    }
+  // The vector at plane[n] of `count` values; zero before the first and after the last.
+  static Vector<T> load_within(const S* plane, int64_t n, int64_t count) {
+    if (n >= 0 && n + Lanes<T>::count <= count) return load(plane + n);
+    S buffer[Lanes<T>::count] = {};
+    const int64_t start = std::max<int64_t>(0, -n), end = std::min(Lanes<T>::count, count - n);
+    for (int64_t i = start; i < end; ++i) buffer[i] = plane[n + i];
+    return load(buffer);
   }
 
   void write_planes(const Block& block, Sample& sample) const {
     if (block.products) {
-      sample.turned.resize(std::max<int64_t>(block.columns * kTile, 1));
-      transpose(block.products, block.stride, block.rows(), block.columns, sample.turned.data(), kTile);
+      sample.turned.resize(block.columns * kLongTile);
+      transpose(block.products, block.stride, block.rows(), block.columns, sample.turned.data(), kLongTile);
     }
+    switch (gradient_.edges ? neighbours_.axes() : 0) {
+      case 0:
+        return write_turned<0>(block, sample);
+      case 1:
+        return write_turned<1>(block, sample);
+      case 2:
+        return write_turned<2>(block, sample);
+      default:
+        return write_turned<3>(block, sample);
+    }
+  }
+
+  template <int A>
+  void write_turned(const Block& block, Sample& sample) const {
+    using bits = typename Lanes<T>::bits;
     const Upstream up = upstream(block, sample);
-    const int64_t begin = block.positions.begin;
+    const int64_t begin = block.positions.begin, count = neighbours_.count();
+    const Vector<T> edges = broadcast(sample.edges);
     for (int64_t i = 0; i < block.columns; ++i) {
       const int64_t c = block.first + i;
       const S* plane = seg_.data + block.positions.sample * seg_.batch_stride + c * seg_.channel_stride;
       S* to = out_.data + block.positions.sample * out_.batch_stride + c * out_.channel_stride + begin;
-      const S *here = plane + begin, *from = up.data + i * up.channel_step;
-      T sums[kTile] = {};
-      T* products = block.products ? &sample.turned[i * kTile] : sums;
-      if (gradient_.edges) add_edges_of_plane(plane, block.positions, broadcast(sample.edges), products);
+      const S* from = up.data + i * up.channel_step;
+      const T* products = block.products ? &sample.turned[i * kLongTile] : nullptr;
       const T scale = sample.scale[c], constant = sample.constant[c], slope = sample.slope[c];
       const T centre = sample.centre[c];
       for_each_vector<T>(block.rows(), [&](int64_t r, auto part) {
-        Vector<T> result = load(from + r, part) * scale + constant + load(products + r);
-        if (sample.has_slope) result += slope * (load(here + r, part) - centre);
+        const int64_t n = begin + r;
+        Vector<T> result = load(from + r, part) * scale + constant;
+        if (A > 0 || sample.has_slope) {
+          const Vector<T> value = load_within(plane, n, count);
+          if (sample.has_slope) result += slope * (value - centre);
+          for (int a = 0; a < A; ++a) {
+            const int64_t step = neighbours_.step(a);
+            const bits down = bits(with_sign_of<T>(edges, value - load_within(plane, n - step, count)));
+            const bits up = bits(with_sign_of<T>(edges, load_within(plane, n + step, count) - value));
+            result += Vector<T>(down & neighbours_.has_next(a, n - step)) - Vector<T>(up & neighbours_.has_next(a, n));
+          }
+        }
+        if (products) result += load(products + r);
         store(to + r, result, part);
       });
     }

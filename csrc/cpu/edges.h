@@ -23,13 +23,15 @@ class Neighbours {
       step *= shape.size[d];
     }
     if (!masks) return;
+    const int64_t reach = axes_.empty() ? 0 : axes_.back().step;
     for (const Axis& axis : axes_) {
-      std::vector<bits> mask(count_ + Lanes<T>::count, ~bits(0));  // so that whole vectors can be read
+      std::vector<bits> mask(reach + count_ + Lanes<T>::count, bits(0));  // so that whole vectors can be read around
       const int64_t period = axis.step * axis.size;
-      for (int64_t end = period; end <= count_; end += period)
-        std::fill(mask.begin() + end - axis.step, mask.begin() + end, bits(0));
+      for (int64_t begin = 0; begin < count_; begin += period)
+        std::fill_n(mask.begin() + reach + begin, period - axis.step, ~bits(0));
       has_next_.push_back(std::move(mask));
     }
+    reach_ = reach;
   }
 
   int axes() const { return int(axes_.size()); }
@@ -56,11 +58,14 @@ class Neighbours {
     int64_t coordinate_[3];
   };
   Walk walk_from(int64_t n) const { return Walk(*this, n); }
-  // All ones where a position has a next one, else zero.
-  const bits* next_mask(int axis) const { return has_next_[axis].data(); }
+  // All ones in the lanes of the positions from n on that have a next one, else zero; n may lie a step outside.
+  typename Lanes<T>::bits has_next(int axis, int64_t n) const {
+    return *reinterpret_cast<const typename Lanes<T>::bits*>(has_next_[axis].data() + reach_ + n);
+  }
 
  private:
   int64_t count_;
+  int64_t reach_ = 0;
   std::vector<Axis> axes_;
   std::vector<std::vector<bits>> has_next_;
 };
@@ -105,12 +110,11 @@ double edge_sum_of_planes(const View<const S>& view, const Neighbours<Compute<S>
     Vector<T> sum = {};
     for (int a = 0; a < neighbours.axes(); ++a) {
       const int64_t step = neighbours.step(a);
-      const auto* mask = neighbours.next_mask(a) + range.begin;
       const S* here = plane + range.begin;
       const int64_t count = std::min(range.end, neighbours.count() - step) - range.begin;
       for_each_vector<T>(count, [&](int64_t n, auto part) {
         const bits difference = bits(absolute<T>(load(here + n + step, part) - load(here + n, part)));
-        sum += Vector<T>(difference & *reinterpret_cast<const bits*>(mask + n));
+        sum += Vector<T>(difference & neighbours.has_next(a, range.begin + n));
       });
     }
     total += sum_of_lanes<T>(sum);

@@ -91,21 +91,26 @@ void add_dot_of_rows(const S* left, const Offsets& left_offsets, const S* right,
                      const Range& range, int64_t channels, double* total) {
   using T = Compute<S>;
   constexpr int64_t lanes = Lanes<T>::count;
-  constexpr int kColumns = 4;
   int64_t first = 0;
-  for (; first + kColumns * lanes <= channels; first += kColumns * lanes) {
-    Vector<T> sum[kColumns] = {};
-    for (int64_t n = range.begin; n < range.end; ++n) {
+  for (; first + kVectors * lanes <= channels; first += kVectors * lanes) {
+    Vector<T> even[kVectors] = {}, odd[kVectors] = {};  // two chains of additions hide each other's latency
+    const auto add = [&](int64_t n, Vector<T>(&sum)[kVectors]) {
       const S *a = left + left_offsets[n] + first, *b = right + right_offsets[n] + first;
-      for (int v = 0; v < kColumns; ++v) sum[v] += load(a + v * lanes) * load(b + v * lanes);
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(a + v * lanes) * load(b + v * lanes);
+    };
+    int64_t n = range.begin;
+    for (; n + 2 <= range.end; n += 2) {
+      add(n, even);
+      add(n + 1, odd);
     }
-    for (int64_t i = 0; i < kColumns * lanes; ++i) total[first + i] += sum[i / lanes][i % lanes];
+    if (n < range.end) add(n, even);
+    for (int v = 0; v < kVectors; ++v) add_lanes<T>(even[v] + odd[v], total + first + v * lanes, lanes);
   }
   for_each_vector<T>(channels - first, [&](int64_t c, auto part) {
     Vector<T> sum = {};
     for (int64_t n = range.begin; n < range.end; ++n)
       sum += load(left + left_offsets[n] + first + c, part) * load(right + right_offsets[n] + first + c, part);
-    for (int64_t i = 0; i < std::min(lanes, channels - first - c); ++i) total[first + c + i] += sum[i];
+    add_lanes<T>(sum, total + first + c, std::min(lanes, channels - first - c));
   });
 }
 

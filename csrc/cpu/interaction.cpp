@@ -1,5 +1,6 @@
 // Chooses the instruction set at run time.
 #include "interaction.h"
+#include "level.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -8,13 +9,16 @@ namespace btinet {
 
 namespace avx512 {
 BTINET_DECLARE_INTERACTION_PASSES
-}
+BTINET_DECLARE_LEVEL
+}  // namespace avx512
 namespace avx2 {
 BTINET_DECLARE_INTERACTION_PASSES
-}
+BTINET_DECLARE_LEVEL
+}  // namespace avx2
 namespace portable {
 BTINET_DECLARE_INTERACTION_PASSES
-}
+BTINET_DECLARE_LEVEL
+}  // namespace portable
 
 namespace {
 
@@ -83,8 +87,23 @@ void statistics_backward(const View<const S>& seg, const View<const S>& grad, co
   BTINET_DISPATCH(statistics_backward<S>(seg, grad, scale, context, saved, gradient, out, context_gradient, threads));
 }
 
+template <class T>
+void level_vectors(const LevelOptions& options, const LevelInputs<T>& in, const LevelWeights<const T>& weights,
+                   const LevelResult<T>& out, int threads) {
+  BTINET_DISPATCH(level_vectors<T>(options, in, weights, out, threads));
+}
+
+template <class T>
+void level_backward(const LevelOptions& options, const LevelInputs<T>& in, const LevelWeights<const T>& weights,
+                    const LevelUpstream<T>& upstream, const LevelGradient<T>& gradient,
+                    const LevelWeights<T>& weight_gradient, int threads) {
+  BTINET_DISPATCH(level_backward<T>(options, in, weights, upstream, gradient, weight_gradient, threads));
+}
+
 BTINET_INSTANTIATE_INTERACTION_PASSES(float)
 BTINET_INSTANTIATE_INTERACTION_PASSES(double)
 BTINET_INSTANTIATE_INTERACTION_PASSES(bfloat16)
+BTINET_INSTANTIATE_LEVEL(float)
+BTINET_INSTANTIATE_LEVEL(double)
 
 }  // namespace btinet

@@ -18,12 +18,20 @@
 
 #include "statistics_backward.h"
 
+#include "../common/linear.h"
+
+#include "level_forward.h"
+
+#include "level_backward.h"
+
 namespace btinet {
 namespace BTINET_ISA {
 
 BTINET_INSTANTIATE_INTERACTION_PASSES(float)
 BTINET_INSTANTIATE_INTERACTION_PASSES(double)
 BTINET_INSTANTIATE_INTERACTION_PASSES(bfloat16)
+BTINET_INSTANTIATE_LEVEL(float)
+BTINET_INSTANTIATE_LEVEL(double)
 
 }  // namespace BTINET_ISA
 }  // namespace btinet

@@ -18,5 +18,7 @@
 
 #include "../common/bfloat16.h"
 #include "../common/partition.h"
+#include "../common/scratch.h"
 #include "../common/view.h"
 #include "interaction.h"
+#include "level.h"

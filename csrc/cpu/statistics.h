@@ -20,9 +20,10 @@ struct SoftmaxSum {
 };
 
 template <class T>
-std::vector<T> with_padding(const T* values, int64_t count, int64_t size) {
-  std::vector<T> result(size, T(0));
-  std::copy(values, values + count, result.begin());
+Scratch<T> with_padding(const T* values, int64_t count, int64_t size) {
+  Scratch<T> result;
+  result.fill(size, T(0));
+  std::copy(values, values + count, result.data());
   return result;
 }
 
@@ -30,9 +31,9 @@ std::vector<T> with_padding(const T* values, int64_t count, int64_t size) {
 template <class T>
 struct ContextOperand {
   int64_t hidden;
-  int64_t stride;         // hidden, in whole vectors
-  std::vector<T> weight;  // [channels, stride]
-  std::vector<T> bias;    // [stride]
+  int64_t stride;     // hidden, in whole vectors
+  Scratch<T> weight;  // [channels, stride]
+  Scratch<T> bias;    // [stride]
   const T* pool_weight;
 
   ContextOperand(const Context<T>& context, int64_t channels)
@@ -43,36 +44,37 @@ struct ContextOperand {
     bias = with_padding(context.bias, hidden, stride);
   }
   Right<T> right() const { return {weight.data(), stride}; }
-  // Bytes of one position's ReLU bits, in whole vectors.
-  int64_t active_stride() const { return std::max<int64_t>(stride / 8, 1); }
 };
 
-// Adds the sums of (value - shift) and of its square over a tile's rows: no cancellation when the mean is far from 0.
+// Adds the sums of (value - shift) and of its square over a tile's rows, for V vectors of channels: no cancellation
+// when the mean is far from 0.
+template <class T, int V, bool kSquares>
+inline void add_moments_of(const Tile<T>& tile, int64_t rows, int64_t first, int64_t channels, const T* shift,
+                           double* sums, double* squares) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  Vector<T> sum[V] = {}, square[V] = {}, origin[V];
+  for (int v = 0; v < V; ++v) origin[v] = load(shift + first + v * lanes);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int v = 0; v < V; ++v) {
+      const Vector<T> value = load(tile.data + r * tile.stride + first + v * lanes) - origin[v];
+      sum[v] += value;
+      if (kSquares) square[v] += value * value;
+    }
+  for (int v = 0; v < V; ++v) {
+    const int64_t c = first + v * lanes, count = std::min(lanes, channels - c);
+    add_lanes<T>(sum[v], sums + c, count);
+    if (kSquares) add_lanes<T>(square[v], squares + c, count);
+  }
+}
+
 template <class T, bool kSquares>
 void add_moments(const Tile<T>& tile, int64_t rows, int64_t channels, const T* shift, double* sums, double* squares) {
   constexpr int64_t lanes = Lanes<T>::count;
-  constexpr int kColumns = 4;
-  for (int64_t first = 0; first < channels; first += kColumns * lanes) {
-    const int vectors = int(std::min<int64_t>(kColumns, (channels - first + lanes - 1) / lanes));
-    Vector<T> sum[kColumns] = {}, square[kColumns] = {}, origin[kColumns] = {};
-    for (int v = 0; v < vectors; ++v) origin[v] = load(shift + first + v * lanes);
-    const auto add = [&](const T* row, int v) {
-      const Vector<T> value = load(row + v * lanes) - origin[v];
-      sum[v] += value;
-      if (kSquares) square[v] += value * value;
-    };
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* row = tile.data + r * tile.stride + first;
-      if (vectors == kColumns)
-        for (int v = 0; v < kColumns; ++v) add(row, v);
-      else
-        for (int v = 0; v < vectors; ++v) add(row, v);
-    }
-    const int64_t count = std::min(kColumns * lanes, channels - first);
-    for (int64_t i = 0; i < count; ++i) sums[first + i] += sum[i / lanes][i % lanes];
-    if (kSquares)
-      for (int64_t i = 0; i < count; ++i) squares[first + i] += square[i / lanes][i % lanes];
-  }
+  int64_t first = 0;
+  for (; first + kVectors * lanes <= channels; first += kVectors * lanes)
+    add_moments_of<T, kVectors, kSquares>(tile, rows, first, channels, shift, sums, squares);
+  for (; first < channels; first += lanes)
+    add_moments_of<T, 1, kSquares>(tile, rows, first, channels, shift, sums, squares);
 }
 
 // What one range of positions contributes. Sums of many terms are kept in double.
@@ -90,17 +92,17 @@ class ContextPool {
   ContextPool(const ContextOperand<T>& context, int64_t channels)
       : context_(context), channels_(channels), tile_pooled_(context.stride) {
     if (context.pool_weight) activations_.resize(kTile * context.stride);
-    bits_.resize(kTile * context.active_stride());
   }
 
   // `active`: where the bits of the tile's first position go, or null.
   void add(const Tile<T>& tile, int64_t rows, const RangeSums<T>& range, uint8_t* active) {
     const Left<T> left{tile.data, tile.stride, 1};
-    std::fill(tile_pooled_.begin(), tile_pooled_.end(), T(0));
+    tile_pooled_.fill(context_.stride, T(0));
     if (context_.pool_weight)
       add_softmax(left, rows, range);
     else if (active)
-      add_mean_and_bits(left, rows, active);
+      multiply(left, context_.right(), rows, channels_, context_.stride,
+               PoolReLU<T, true>{context_.bias.data(), tile_pooled_.data(), active, (context_.hidden + 7) / 8});
     else
       multiply(left, context_.right(), rows, channels_, context_.stride,
                PoolReLU<T, false>{context_.bias.data(), tile_pooled_.data(), nullptr, 0});
@@ -108,13 +110,6 @@ class ContextPool {
   }
 
  private:
-  void add_mean_and_bits(const Left<T>& left, int64_t rows, uint8_t* active) {
-    const int64_t stride = context_.active_stride(), bytes = (context_.hidden + 7) / 8;
-    multiply(left, context_.right(), rows, channels_, context_.stride,
-             PoolReLU<T, true>{context_.bias.data(), tile_pooled_.data(), bits_.data(), stride});
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(bits_.data() + r * stride, bytes, active + r * bytes);
-  }
-
   void add_softmax(const Left<T>& left, int64_t rows, const RangeSums<T>& range) {
     const int64_t hidden = context_.hidden, stride = context_.stride;
     multiply(left, context_.right(), rows, channels_, stride,
@@ -137,8 +132,7 @@ class ContextPool {
 
   const ContextOperand<T>& context_;
   int64_t channels_;
-  std::vector<T> tile_pooled_, activations_;
-  std::vector<uint8_t> bits_;
+  Scratch<T> tile_pooled_, activations_;
 };
 
 template <class S>
@@ -159,7 +153,8 @@ void statistics(const View<const S>& seg, const Context<Compute<S>>& context, co
 
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> scratch(kTile * stride), shift(stride);
+    Scratch<T> scratch(kTile * stride), shift;
+    shift.fill(stride, T(0));
     ContextPool<T> pool(operand, channels);
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < ranges; ++index) {

@@ -51,12 +51,6 @@ class ContextGradientPass {
   }
 
  private:
-  template <class F>
-  static void for_each_tile(const Range& range, const F& tile) {
-    for (int64_t begin = range.begin; begin < range.end; begin += kTile)
-      tile(Range{range.sample, begin, std::min(begin + kTile, range.end)});
-  }
-
   // Calls chunk(first channel, channels, number of vectors as a constant).
   template <class F>
   void for_each_chunk(const F& chunk) const {
@@ -77,7 +71,7 @@ class ContextGradientPass {
   }
 
   void run_without_context(const Range& range) {
-    for_each_tile(range, [&](const Range& tile) {
+    for_each_tile(range, dense_.longest_tile(), [&](const Range& tile) {
       for_each_chunk(
           [&](int64_t first, int64_t columns, auto) { dense_.write(tile, first, columns, nullptr, 0, sample_); });
     });
@@ -104,30 +98,39 @@ class ContextGradientPass {
             },
             &weight_tables_[group * table]);
       seg_tables_.resize(kTile / 4 * table);
-      products_.resize(kTile * width);
-      seg_sums_.assign(hidden * width, T(0));
-      for_each_tile(range, [&](const Range& tile) {
-        const int64_t rows = tile.end - tile.begin;
-        sum_of_chosen_rows<T, V>(active + tile.begin * bytes, bytes, rows, bytes, weight_tables_.data(),
-                                 products_.data(), width);
+      products_.resize(dense_.longest_tile() * width);
+      tile_.resize(kTile * width);
+      seg_sums_.fill(hidden * width, T(0));
+      for_each_tile(range, dense_.longest_tile(), [&](const Range& tile) {
+        dense_.prefetch({range.sample, tile.end, std::min(tile.end + dense_.longest_tile(), range.end)}, first,
+                        columns);
+        sum_of_chosen_rows<T, V>(active + tile.begin * bytes, bytes, tile.end - tile.begin, bytes,
+                                 weight_tables_.data(), products_.data(), width);
         dense_.write(tile, first, columns, products_.data(), width, sample_);
-        tile_.resize(kTile * width);
-        const Tile<T> seg = read_tile(seg_, dense_.seg_offsets(), tile, first, columns, tile_.data(), width);
-        const int64_t groups = (rows + 3) / 4;
-        for (int64_t group = 0; group < groups; ++group)
-          tabulate_subsets<T, V>(
-              [&](int64_t i, int64_t v) {
-                const int64_t r = 4 * group + i;
-                return r < rows ? load(seg.data + r * seg.stride + v * lanes) : Vector<T>{};
-              },
-              &seg_tables_[group * table]);
-        add_chosen_sums<T, V>(bits_.choice((tile.begin - range.begin) / 4), bits_.stride(), groups, hidden,
-                              seg_tables_.data(), seg_sums_.data(), width);
+        for_each_tile(tile, kTile, [&](const Range& part) {
+          add_seg_sums<V>(part, first, columns, bits_.choice((part.begin - range.begin) / 4));
+        });
       });
       for (int64_t j = 0; j < hidden; ++j)
         sums.add_row(j, weight_rows_.stride(), first, columns, &seg_sums_[j * width], share_[j]);
     });
     sums.empty = false;
+  }
+
+  // seg_sums_[j] += the sum of seg over the positions where output j is active.
+  template <int V>
+  void add_seg_sums(const Range& tile, int64_t first, int64_t columns, const uint8_t* choice) {
+    constexpr int64_t lanes = Lanes<T>::count, width = V * lanes;
+    const int64_t rows = tile.end - tile.begin, groups = (rows + 3) / 4;
+    const Tile<T> seg = read_tile(seg_, dense_.seg_offsets(), tile, first, columns, tile_.data(), width);
+    for (int64_t group = 0; group < groups; ++group)
+      tabulate_subsets<T, V>(
+          [&](int64_t i, int64_t v) {
+            const int64_t r = 4 * group + i;
+            return r < rows ? load(seg.data + r * seg.stride + v * lanes) : Vector<T>{};
+          },
+          &seg_tables_[group * kSubsets * width]);
+    add_chosen_sums<T, V>(choice, bits_.stride(), groups, context_.hidden, seg_tables_.data(), seg_sums_.data(), width);
   }
 
   // Softmax pooling: the activations are computed again, for their logits' sake.
@@ -142,7 +145,7 @@ class ContextGradientPass {
     activations_.resize(kTile * hidden_stride);
     if (sums.empty) std::fill_n(sums.weight, hidden * stride, T(0));
     sums.empty = false;
-    for_each_tile(range, [&](const Range& tile) {
+    for_each_tile(range, kTile, [&](const Range& tile) {
       const int64_t rows = tile.end - tile.begin;
       const Tile<T> seg = read_tile(seg_, dense_.seg_offsets(), tile, 0, channels, tile_.data(), stride);
       multiply(Left<T>{seg.data, seg.stride, 1}, operand_.right(), rows, channels, hidden_stride,
@@ -182,7 +185,7 @@ class ContextGradientPass {
   const ContextOperand<T>& operand_;
   typename DenseGradient<S>::Sample sample_;
   BitsByOutput bits_;
-  std::vector<T> share_, weight_tables_, seg_tables_, seg_sums_, products_, tile_, activations_;
+  Scratch<T> share_, weight_tables_, seg_tables_, seg_sums_, products_, tile_, activations_;
 };
 
 template <class S>
@@ -198,7 +201,7 @@ void statistics_backward(const View<const S>& seg, const View<const S>& grad, co
   const ContextOperand<T> operand(context.pool_weight ? context : Context<T>{}, channels);
   const int64_t stride = weight_rows.stride();
   const int64_t groups = partition.groups(hidden * stride * int64_t(sizeof(T)));
-  const std::unique_ptr<T[]> weight_sums(new T[std::max<int64_t>(groups * hidden * stride, 1)]);
+  Scratch<T> weight_sums(groups * hidden * stride);
   std::vector<double> bias_sums(groups * hidden), pool_sums(groups * hidden);
 
 #pragma omp parallel num_threads(threads)
@@ -206,11 +209,9 @@ void statistics_backward(const View<const S>& seg, const View<const S>& grad, co
     ContextGradientPass<S> pass(seg, context, saved, gradient.pooled, dense, weight_rows, operand);
 #pragma omp for schedule(static)
     for (int64_t group = 0; group < groups; ++group) {
-      ContextSums<T> sums{&weight_sums[group * hidden * stride], bias_sums.data() + group * hidden,
+      ContextSums<T> sums{weight_sums.data() + group * hidden * stride, bias_sums.data() + group * hidden,
                           pool_sums.data() + group * hidden};
-      for (int64_t index = partition.group_begin(group, groups); index < partition.group_begin(group + 1, groups);
-           ++index)
-        pass.run(partition.range(index), sums);
+      partition.for_each_stretch(group, groups, [&](const Range& range) { pass.run(range, sums); });
     }
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < hidden; ++j) {
@@ -219,7 +220,7 @@ void statistics_backward(const View<const S>& seg, const View<const S>& grad, co
       for (int64_t group = 0; group < groups; ++group) {
         bias += bias_sums[group * hidden + j];
         pool += pool_sums[group * hidden + j];
-        const T* part = &weight_sums[(group * hidden + j) * stride];
+        const T* part = weight_sums.data() + (group * hidden + j) * stride;
         for (int64_t c = 0; c < channels; ++c) row[c] += part[c];
       }
       context_gradient.bias[j] = T(bias);

@@ -328,12 +328,8 @@ def test_opcheck_of_the_other_operators(signals: str) -> None:
     opcheck(interpolation, (seg, other, clf, clf_enhanced, gate, signals))
     with torch.no_grad():
         opcheck(channel_dot, (seg, other))
-        empty = seg.new_empty(0)
-        saved, gradient = (
-            [torch.randn(3, 6).double(), *[empty] * 5],
-            [torch.randn(3, 6).double(), *[empty] * 3],
-        )
-        opcheck(statistics_backward, (seg, other, torch.randn(3, 6).double(), [], saved, gradient))
+        vectors, none = torch.randn(3, 6).double(), seg.new_empty(0)
+        opcheck(statistics_backward, (seg, other, vectors, vectors, vectors, none, none))
 
 
 @pytest.mark.slow
