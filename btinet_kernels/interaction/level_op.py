@@ -18,47 +18,46 @@ from btinet_kernels.interaction.passes_op import (
     in_format_of,
     no_double_backward,
     passes_for,
+    schema_of,
     statistics_backward_of,
     unpack,
 )
-from btinet_kernels.interaction.reference import Context, InteractionWeights, Statistics
+from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
 from btinet_kernels.interaction.vectors_backward import level_backward
 
 
 def level_vectors(
     stats: Statistics,
     clf: Tensor,
-    packed: Sequence[Tensor],
+    weights: InteractionWeights,
+    gate: GateWeights | None,
     options: LevelOptions,
 ) -> tuple[Tensor, ...]:
     """Scale of the dense stream, new clf, gates, proxies, batch mean, batch variance."""
-    dtype = stats.mean.dtype
-    weights, gate = unpack([tensor.to(dtype) for tensor in packed], options.softmax, options.signals)
-    base = clf.to(dtype)
     enhanced = reference.enhance(
-        stats, base, weights, strength=options.strength, training=options.training, eps=options.eps
+        stats, clf, weights, strength=options.strength, training=options.training, eps=options.eps
     )
     if gate is None:
-        gates, proxies = base.new_empty(0), base.new_empty(0)
+        gates, proxies = clf.new_empty(0), clf.new_empty(0)
         return (
             enhanced.modulation,
-            enhanced.clf.to(clf.dtype),
+            enhanced.clf,
             gates,
             proxies,
             enhanced.batch_mean,
             enhanced.batch_var,
         )
-    result = reference.gate_of_level(stats, enhanced, base, gate, options.signals)  # type: ignore[arg-type]
+    result = reference.gate_of_level(stats, enhanced, clf, gate, options.signals)  # type: ignore[arg-type]
     scale = 1 + result.gates[:, :1] * (enhanced.modulation - 1)
-    clf_out = base + result.gates[:, 1:] * (enhanced.clf - base)
-    return scale, clf_out.to(clf.dtype), *result, enhanced.batch_mean, enhanced.batch_var
+    clf_out = clf + result.gates[:, 1:] * (enhanced.clf - clf)
+    return scale, clf_out, *result, enhanced.batch_mean, enhanced.batch_var
 
 
 def level_forward(
     passes: Any,
     seg: Tensor,
     clf: Tensor,
-    packed: Sequence[Tensor],
+    packed: Sequence[Tensor | None],
     options: LevelOptions,
     *,
     for_backward: bool = False,
@@ -69,146 +68,153 @@ def level_forward(
     """
     with torch.autocast(seg.device.type, enabled=False):
         dense = as_taken(passes, seg)
-        weights = [w.to(accumulation_dtype(seg)) for w in packed[: 3 if options.softmax else 2]]
-        context = Context(weights[0], weights[1], weights[2] if options.softmax else None)
-        proxies = options.signals == "proxies"
+        dtype = accumulation_dtype(seg)
+        weights, gate = unpack(packed, dtype)
+        proxies, variance = options.signals == "proxies", options.signals == "variance"
         edges = proxies and reference.has_edge_energy(seg)
-        variance = options.signals == "variance"
-        stats = passes.statistics(dense, context, variance=variance, edges=edges, active=for_backward)
+        stats = passes.statistics(dense, Context(*weights[:3]), variance=variance, edges=edges, active=for_backward)
         if proxies and not edges:
             stats = stats._replace(edges=stats.mean.new_zeros(seg.shape[0]))
         vectors_of = getattr(passes, "level_vectors", level_vectors)
-        scale, *vectors = vectors_of(stats, clf, packed, options)
-        return passes.scale_channels(dense, scale).to(seg.dtype), *vectors, scale, *stats
+        scale, new_clf, *rest = vectors_of(stats, clf.to(dtype), weights, gate, options)
+        out = passes.scale_channels(dense, scale).to(seg.dtype)
+        return out, new_clf.to(clf.dtype), *rest, scale, *stats
 
 
-@custom_op("btinet_kernels::task_interaction", mutates_args=())
-def level(
-    seg: Tensor,
-    clf: Tensor,
-    weights: list[Tensor],
-    softmax: bool,
-    signals: str,
-    strength: float,
-    training: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+_WEIGHTS = schema_of(InteractionWeights, GateWeights)
+_OPTIONS = "str signals, float strength, bool training, float eps"
+_STATISTICS = ", ".join(f"Tensor {name}" for name in Statistics._fields)
+
+
+@custom_op(
+    "btinet_kernels::task_interaction",
+    mutates_args=(),
+    schema=f"(Tensor seg, Tensor clf, {_WEIGHTS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * 13)})",
+)
+def level(seg: Tensor, clf: Tensor, *weights_and_options: Any) -> tuple[Tensor, ...]:
     """TIM, gated unless ``signals`` is "none".
 
     Returns seg, clf, gates, proxies, batch mean and variance (empty in inference), the scale of seg, ``Statistics``.
     """
-    options = LevelOptions(softmax, signals, strength, training, eps)
-    out, *rest = level_forward(passes_for(seg), seg, clf, weights, options, for_backward=True)
-    if not training:  # an output may not alias the running statistics
+    packed, options = _weights_and_options(weights_and_options)
+    out, *rest = level_forward(passes_for(seg), seg, clf, packed, options, for_backward=True)
+    if not options.training:  # an output may not alias the running statistics
         rest[3:5] = [rest[5].new_empty(0), rest[5].new_empty(0)]
-    return in_format_of(seg, out), *rest  # type: ignore[return-value]
+    return in_format_of(seg, out), *rest
+
+
+def _weights_and_options(arguments: Sequence[Any]) -> tuple[Sequence[Tensor | None], LevelOptions]:
+    split = len(arguments) - len(LevelOptions._fields)
+    return arguments[:split], LevelOptions(*arguments[split:])
 
 
 @level.register_fake
-def _(seg, clf, weights, softmax, signals, strength, training, eps):  # type: ignore[no-untyped-def]
+def _(seg, clf, *weights_and_options):  # type: ignore[no-untyped-def]
+    packed, options = _weights_and_options(weights_and_options)
+    weights, _ = unpack(packed)
     batch, channels = seg.shape[:2]
     vectors = seg.new_empty(0, dtype=accumulation_dtype(seg))
-    proxies = {"none": 0, "proxies": 3, "variance": 2}[signals]
-    norm = vectors.new_empty(clf.shape[1] if training else 0)
+    proxies = {"none": 0, "proxies": 3, "variance": 2}[options.signals]
+    norm = vectors.new_empty(clf.shape[1] if options.training else 0)
+    hidden, softmax = weights.context_weight.shape[0], weights.pool_weight is not None
     return (
         torch.empty_like(seg),
         torch.empty_like(clf, memory_format=torch.contiguous_format),
-        vectors.new_empty(batch, 2) if proxies else vectors.new_empty(0),
-        vectors.new_empty(batch, proxies) if proxies else vectors.new_empty(0),
+        vectors.new_empty((batch, 2) if proxies else 0),
+        vectors.new_empty((batch, proxies) if proxies else 0),
         norm,
         torch.empty_like(norm),
         vectors.new_empty(batch, channels),
         vectors.new_empty(batch, channels),
-        vectors.new_empty(batch, channels) if signals == "variance" else vectors.new_empty(0),
-        vectors.new_empty(batch) if signals == "proxies" else vectors.new_empty(0),
-        vectors.new_empty(batch, weights[0].shape[0]),
-        vectors.new_empty(batch) if softmax else vectors.new_empty(0),
-        seg.new_empty(0 if softmax else active_shape(seg, weights[0].shape[0]), dtype=torch.uint8),
+        vectors.new_empty((batch, channels) if options.signals == "variance" else 0),
+        vectors.new_empty(batch if options.signals == "proxies" else 0),
+        vectors.new_empty(batch, hidden),
+        vectors.new_empty(batch if softmax else 0),
+        seg.new_empty(0 if softmax else active_shape(seg, hidden), dtype=torch.uint8),
     )
 
 
 def _level_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    seg, clf, weights, *options = inputs
-    ctx.options = LevelOptions(*options)
-    scale, stats = output[6], output[7:]
-    ctx.save_for_backward(seg, clf, scale, *stats, *weights)
+    seg, clf, *weights_and_options = inputs
+    packed, ctx.options = _weights_and_options(weights_and_options)
+    ctx.save_for_backward(seg, clf, *output[6:], *packed)
     ctx.mark_non_differentiable(*output[4:])
 
 
-@custom_op("btinet_kernels::task_interaction_backward", mutates_args=())
-def level_gradient(
-    upstream: list[Tensor],
-    seg: Tensor,
-    clf: Tensor,
-    scale: Tensor,
-    stats: list[Tensor],
-    weights: list[Tensor],
-    softmax: bool,
-    signals: str,
-    strength: float,
-    training: bool,
-    eps: float,
-) -> list[Tensor]:
-    """Gradients of seg, of clf and of the weights, without the running statistics.
+@custom_op(
+    "btinet_kernels::task_interaction_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor d_seg, Tensor d_clf, Tensor d_gates, Tensor d_proxies, "
+        f"Tensor seg, Tensor clf, Tensor scale, {_STATISTICS}, {_WEIGHTS}, {_OPTIONS}) -> Tensor[]"
+    ),
+)
+def level_gradient(d_seg: Tensor, d_clf: Tensor, d_gates: Tensor, d_proxies: Tensor, *rest: Any) -> list[Tensor]:
+    """Gradients of seg, of clf and of the weights there are, without the running statistics.
 
-    ``upstream``: of the first four results of ``level``; ``stats``: what it returned.
+    Takes the gradients of the first four results of ``level``, its inputs, and the scale and statistics it returned.
     """
-    options = LevelOptions(softmax, signals, strength, training, eps)
-    grad_seg, grad_clf, grad_gates, grad_proxies = upstream
-    passes, statistics = passes_for(seg, grad_seg), Statistics(*stats)
-    dense, grad_dense = as_taken(passes, seg), as_taken(passes, grad_seg)
-    dtype = scale.dtype
+    (seg, clf, scale, stats), packed, options = _saved(rest)
+    passes, dtype = passes_for(seg, d_seg), scale.dtype
+    dense, grad_dense = as_taken(passes, seg), as_taken(passes, d_seg)
     with torch.autocast(seg.device.type, enabled=False):
-        converted = [tensor.to(dtype) for tensor in weights]
+        weights, gate = unpack(packed, dtype)
         gradient = getattr(passes, "level_backward", level_backward)(
-            statistics,
+            stats,
             clf.to(dtype),
-            *unpack(converted, softmax, signals),
+            weights,
+            gate,
             options,
             d_scale=passes.channel_dot(grad_dense, dense),
-            d_clf_out=grad_clf.to(dtype),
-            d_gates=grad_gates,
-            d_proxies=grad_proxies,
+            d_clf_out=d_clf.to(dtype),
+            d_gates=d_gates,
+            d_proxies=d_proxies,
         )
-        if signals == "proxies" and not reference.has_edge_energy(seg):
-            gradient.stats[2] = gradient.stats[2].new_empty(0)
-        context = Context(converted[0], converted[1], converted[2] if softmax else None)
-        of_stats = Statistics(*gradient.stats, *(scale.new_empty(0) for _ in range(2)))
-        backward = statistics_backward_of(passes)
-        d_dense, d_context = backward(dense, grad_dense, scale, context, statistics, of_stats)
-    like = [weight for n, weight in enumerate(weights) if n not in running_statistics(softmax)]
+        none = scale.new_empty(0)
+        if options.signals == "proxies" and not reference.has_edge_energy(seg):
+            gradient.stats[2] = none
+        of_stats = Statistics(*gradient.stats, log_sum_exp=none, active=none)
+        d_dense, d_context = statistics_backward_of(passes)(
+            dense, grad_dense, scale, Context(*weights[:3]), stats, of_stats
+        )
     d_weights = [*d_context, *gradient.weights, *gradient.gate]
     return [
         in_format_of(seg, d_dense.to(seg.dtype)),
         gradient.clf.to(clf.dtype),
-        *(d.to(weight.dtype) for d, weight in zip(d_weights, like, strict=True)),
+        *(d.to(packed[n].dtype) for n, d in zip(_learned(packed), d_weights, strict=True)),
     ]
 
 
+def _saved(rest: Sequence[Any]) -> tuple[tuple[Tensor, Tensor, Tensor, Statistics], Sequence[Any], LevelOptions]:
+    split = 3 + len(Statistics._fields)
+    seg, clf, scale, *stats = rest[:split]
+    return (seg, clf, scale, Statistics(*stats)), *_weights_and_options(rest[split:])
+
+
+def _learned(packed: Sequence[Tensor | None]) -> list[int]:
+    """Which of the packed weights have a gradient."""
+    running = [InteractionWeights._fields.index(name) for name in ("running_mean", "running_var")]
+    return [n for n, weight in enumerate(packed) if weight is not None and n not in running]
+
+
 @level_gradient.register_fake
-def _(upstream, seg, clf, scale, stats, weights, softmax, signals, strength, training, eps):  # type: ignore[no-untyped-def]
-    like = [weight for n, weight in enumerate(weights) if n not in running_statistics(softmax)]
-    rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (clf, *like)]
-    return [torch.empty_like(seg), *rows]
+def _(d_seg, d_clf, d_gates, d_proxies, *rest):  # type: ignore[no-untyped-def]
+    (seg, clf, *_), packed, _ = _saved(rest)
+    like = [clf, *(packed[n] for n in _learned(packed))]
+    return [torch.empty_like(seg), *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)]
 
 
 level_gradient.register_autograd(no_double_backward)
 
 
-def running_statistics(softmax: bool) -> tuple[int, int]:
-    """Where the packed weights hold the running mean and variance."""
-    first = InteractionWeights._fields.index("running_mean") - (0 if softmax else 1)
-    return first, first + 1
-
-
 def _level_backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-    seg, clf, scale, *rest = ctx.saved_tensors
-    stats, weights = rest[: len(Statistics._fields)], rest[len(Statistics._fields) :]
-    options: LevelOptions = ctx.options
-    d_seg, d_clf, *d_weights = level_gradient(list(upstream[:4]), seg, clf, scale, stats, weights, *options)
-    for n in running_statistics(options.softmax):
-        d_weights.insert(n, None)
-    return d_seg, d_clf, d_weights, None, None, None, None, None
+    saved, options = ctx.saved_tensors, ctx.options
+    d_seg, d_clf, *d_weights = level_gradient(*upstream[:4], *saved, *options)
+    packed = saved[3 + len(Statistics._fields) :]
+    of_packed: list[Tensor | None] = [None] * len(packed)
+    for n, gradient in zip(_learned(packed), d_weights, strict=True):
+        of_packed[n] = gradient
+    return d_seg, d_clf, *of_packed, *[None] * len(options)
 
 
 level.register_autograd(_level_backward, setup_context=_level_setup)

@@ -5,14 +5,13 @@ Strides are honoured: contiguous, channels_last and anything else with one to th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from btinet_kernels.backends import native_module
-from btinet_kernels.interaction.passes_op import LevelOptions, accumulation_dtype, active_shape, unpack
+from btinet_kernels.interaction.passes_op import LevelOptions, accumulation_dtype, active_shape
 from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
 from btinet_kernels.interaction.vectors_backward import LevelGradient
 
@@ -87,14 +86,12 @@ def statistics_backward(
 
 
 def level_vectors(
-    stats: Statistics, clf: Tensor, packed: Sequence[Tensor], options: LevelOptions
+    stats: Statistics, clf: Tensor, weights: InteractionWeights, gate: GateWeights | None, options: LevelOptions
 ) -> tuple[Tensor, ...]:
     """See ``level_op.level_vectors``."""
     owner = _Rows()
-    weights, gate = unpack([tensor.to(stats.mean.dtype) for tensor in packed], options.softmax, options.signals)
-    base = clf.to(stats.mean.dtype)
-    rows, features = base.shape
-    proxies = _SIGNALS[options.signals].count
+    rows, features = clf.shape
+    proxies = _SIGNALS[options.signals].width
     new = stats.mean.new_empty
     result = [
         torch.empty_like(stats.mean),
@@ -106,13 +103,12 @@ def level_vectors(
     ]
     _call(
         "level_vectors",
-        base,
-        _level_options(base, weights, gate, options),
-        _level_inputs(owner, stats, base),
+        clf,
+        _level_options(clf, weights, gate, options),
+        _level_inputs(owner, stats, clf),
         _level_weights(owner, weights, gate),
         [_address(t) for t in result],
     )
-    result[1] = result[1].to(clf.dtype)
     return tuple(result)
 
 
@@ -158,7 +154,7 @@ def level_backward(
 
 class _Signal(NamedTuple):
     code: int  # Signals in csrc/cpu/level.h
-    count: int
+    width: int  # of the proxies
 
 
 _SIGNALS = {"none": _Signal(0, 0), "proxies": _Signal(1, 3), "variance": _Signal(2, 2)}

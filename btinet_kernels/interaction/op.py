@@ -56,7 +56,7 @@ def fused_tim(
 
     Source: arXiv 2603.01295, equations (1)-(5); arXiv 2606.29102.
     """
-    options = LevelOptions(weights.pool_weight is not None, "none", strength, training, eps)
+    options = LevelOptions("none", strength, training, eps)
     result = _interact("fused_tim", seg, clf, weights, None, options, momentum)
     return result.seg, result.clf
 
@@ -81,7 +81,7 @@ def fused_task_interaction(
     Source: arXiv 2606.29102 (``signals="proxies"``); arXiv 2603.01295, equations (6)-(8) (``"variance"``).
     """
     _check_signals(signals, gate)
-    options = LevelOptions(weights.pool_weight is not None, signals, strength, training, eps)
+    options = LevelOptions(signals, strength, training, eps)
     return _interact("fused_task_interaction", seg, clf, weights, gate, options, momentum)
 
 
@@ -112,11 +112,10 @@ def fused_upa(
             "they must agree in shape and dtype."
         )
     _check_signals(signals, gate)
-    packed = pack(None, gate)
     if choose("fused_upa", seg_base, seg_enhanced) == "reference":
-        outputs = interpolate_forward(reference, seg_base, seg_enhanced, clf_base, clf_enhanced, packed, signals)
+        outputs = interpolate_forward(reference, seg_base, seg_enhanced, clf_base, clf_enhanced, gate, signals)
     else:
-        outputs = interpolation(seg_base, seg_enhanced, clf_base, clf_enhanced, packed, signals)
+        outputs = interpolation(seg_base, seg_enhanced, clf_base, clf_enhanced, *gate, signals)
     return InteractionResult(*outputs[:4])
 
 
@@ -138,7 +137,7 @@ def _interact(
     if choose(operator, seg) == "reference":
         outputs = level_forward(reference, seg, clf, packed, options)
     else:
-        outputs = level(seg, clf, packed, *options)
+        outputs = level(seg, clf, *packed, *options)
     if options.training:
         with torch.no_grad():
             weights.running_mean.lerp_(outputs[4].to(weights.running_mean.dtype), momentum)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from btinet_kernels.interaction.passes_op import (
     accumulation_dtype,
     as_taken,
     channel_dot,
+    converted,
     in_format_of,
     passes_for,
+    schema_of,
     statistics_backward,
-    unpack_gate,
 )
-from btinet_kernels.interaction.reference import Statistics
+from btinet_kernels.interaction.reference import GateWeights, Statistics
 from btinet_kernels.interaction.vectors_backward import gate_backward
 
 
@@ -28,13 +28,12 @@ def _interpolate_vectors(
     enhanced_stats: Statistics,
     clf_base: Tensor,
     clf_enhanced: Tensor,
-    packed: Sequence[Tensor],
+    gate: GateWeights,
     signals: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New clf, gates, proxies."""
     dtype = enhanced_stats.mean.dtype
-    gate = unpack_gate([tensor.to(dtype) for tensor in packed], signals)
-    assert gate is not None
+    gate = GateWeights(*converted(gate, dtype))  # type: ignore[arg-type]
     base, enhanced = clf_base.to(dtype), clf_enhanced.to(dtype)
     if signals == "proxies":
         residual = enhanced_stats.mean - base_stats.mean
@@ -50,7 +49,7 @@ def interpolate_forward(
     seg_enhanced: Tensor,
     clf_base: Tensor,
     clf_enhanced: Tensor,
-    packed: Sequence[Tensor],
+    gate: GateWeights,
     signals: str,
 ) -> tuple[Tensor, ...]:
     """Two reads, the vectors, one write; returns what ``interpolation`` returns. Differentiable where ``passes`` is."""
@@ -64,33 +63,38 @@ def interpolate_forward(
             base_stats = base_stats._replace(edges=base_stats.mean.new_zeros(base.shape[0]))
         enhanced_stats = passes.statistics(enhanced, None, variance=not proxies, edges=False)
         clf, gates, signals_out = _interpolate_vectors(
-            base_stats, enhanced_stats, clf_base, clf_enhanced, packed, signals
+            base_stats, enhanced_stats, clf_base, clf_enhanced, gate, signals
         )
         out = passes.interpolate(base, enhanced, gates[:, 0]).to(seg_base.dtype)
     saved = (base_stats.mean, base_stats.edges, enhanced_stats.mean, enhanced_stats.variance)
     return out, clf, gates, signals_out, *saved
 
 
-@custom_op("btinet_kernels::gated_interpolation", mutates_args=())
+@custom_op(
+    "btinet_kernels::gated_interpolation",
+    mutates_args=(),
+    schema=(
+        "(Tensor seg_base, Tensor seg_enhanced, Tensor clf_base, Tensor clf_enhanced, "
+        f"{schema_of(GateWeights)}, str signals) -> ({', '.join(['Tensor'] * 8)})"
+    ),
+)
 def interpolation(
-    seg_base: Tensor,
-    seg_enhanced: Tensor,
-    clf_base: Tensor,
-    clf_enhanced: Tensor,
-    weights: list[Tensor],
-    signals: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    seg_base: Tensor, seg_enhanced: Tensor, clf_base: Tensor, clf_enhanced: Tensor, *weights_and_signals: Any
+) -> tuple[Tensor, ...]:
     """Gate between base and enhanced.
 
     Returns seg, clf, gates, proxies, mean and edges of the base, mean and variance of the enhanced seg.
     """
     passes = passes_for(seg_base, seg_enhanced)
-    out, *rest = interpolate_forward(passes, seg_base, seg_enhanced, clf_base, clf_enhanced, weights, signals)
-    return in_format_of(seg_base, out), *rest  # type: ignore[return-value]
+    *weights, signals = weights_and_signals
+    gate = GateWeights(*weights)
+    out, *rest = interpolate_forward(passes, seg_base, seg_enhanced, clf_base, clf_enhanced, gate, signals)
+    return in_format_of(seg_base, out), *rest
 
 
 @interpolation.register_fake
-def _(seg_base, seg_enhanced, clf_base, clf_enhanced, weights, signals):  # type: ignore[no-untyped-def]
+def _(seg_base, seg_enhanced, clf_base, clf_enhanced, *weights_and_signals):  # type: ignore[no-untyped-def]
+    signals = weights_and_signals[-1]
     batch, channels = seg_base.shape[:2]
     vectors = seg_base.new_empty(0, dtype=accumulation_dtype(seg_base))
     proxies = signals == "proxies"
@@ -107,7 +111,7 @@ def _(seg_base, seg_enhanced, clf_base, clf_enhanced, weights, signals):  # type
 
 
 def _interpolation_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    seg_base, seg_enhanced, clf_base, clf_enhanced, weights, ctx.signals = inputs
+    seg_base, seg_enhanced, clf_base, clf_enhanced, *weights, ctx.signals = inputs
     ctx.save_for_backward(seg_base, seg_enhanced, clf_base, clf_enhanced, output[2], *output[4:], *weights)
     ctx.mark_non_differentiable(*output[4:])
 
@@ -118,8 +122,7 @@ def _interpolation_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     dtype, none = gates.dtype, gates.new_empty(0)
     proxies = ctx.signals == "proxies"
     with torch.autocast(base.device.type, enabled=False):
-        gate = unpack_gate([tensor.to(dtype) for tensor in packed], ctx.signals)
-        assert gate is not None
+        gate = GateWeights(*converted(packed, dtype))  # type: ignore[arg-type]
         clf_from, clf_to, grad_clf_out = clf_base.to(dtype), clf_enhanced.to(dtype), grad_clf.to(dtype)
         grad_seg_share = (channel_dot(grad_seg, enhanced) - channel_dot(grad_seg, base)).sum(1)
         grad_clf_share = (grad_clf_out * (clf_to - clf_from)).sum(1)
@@ -142,13 +145,14 @@ def _interpolation_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         clf_share = gates[:, 1:]
         grad_clf_base = gradient.clf + grad_clf_out * (1 - clf_share)
         grad_clf_enhanced = gradient.clf_enhanced + grad_clf_out * clf_share
-    grad_packed = [g.to(w.dtype) for g, w in zip(gradient.weights, packed, strict=True)]
+    gradients = iter(gradient.weights)
+    of_packed = [None if w is None else next(gradients).to(w.dtype) for w in packed]
     return (
         grad_base,
         grad_enhanced,
         grad_clf_base.to(clf_base.dtype),
         grad_clf_enhanced.to(clf_enhanced.dtype),
-        grad_packed,
+        *of_packed,
         None,
     )
 

@@ -11,6 +11,7 @@ from torch.library import opcheck
 from btinet_kernels import fused_task_interaction, fused_tim, fused_upa, use_backend
 from btinet_kernels.interaction import native, reference
 from btinet_kernels.interaction.level_op import level as level_op
+from btinet_kernels.interaction.level_op import level_gradient
 from btinet_kernels.interaction.passes_op import channel_dot, pack, statistics_backward
 from btinet_kernels.interaction.reference import Context
 from btinet_kernels.interaction.upa_op import interpolation
@@ -313,19 +314,25 @@ def test_running_statistics_move_as_in_keras() -> None:
 )
 def test_opcheck(dtype: torch.dtype, training: bool, softmax: bool, signals: str) -> None:
     module = level(6, "softmax" if softmax else "gap", "proxies" if signals == "none" else signals).float()
-    weights = pack(module.tim.weights(), None if signals == "none" else module.upa.weights())
+    gate = None if signals == "none" else module.upa.weights()
+    weights = pack(module.tim.weights(), gate)
     seg = dense((3, 6, 9, 4), True, dtype).requires_grad_()
     clf = torch.randn(3, 7).to(dtype).requires_grad_()
-    opcheck(level_op, (seg, clf, weights, softmax, signals, 0.7, training, 1e-3))
+    options = (signals, 0.7, training, 1e-3)
+    opcheck(level_op, (seg, clf, *weights, *options))
+    with torch.no_grad():
+        outputs = level_op(seg, clf, *weights, *options)
+        upstream = [torch.randn_like(out) for out in outputs[:4]]
+        opcheck(level_gradient, (*upstream, seg, clf, *outputs[6:], *weights, *options))
 
 
 @pytest.mark.parametrize("signals", SIGNALS)
 def test_opcheck_of_the_other_operators(signals: str) -> None:
-    gate = pack(None, level(6, signals=signals).upa.weights())
+    gate = level(6, signals=signals).upa.weights()
     seg = dense((3, 6, 9, 4), True).requires_grad_()
     other = dense((3, 6, 9, 4), False).requires_grad_()
     clf, clf_enhanced = torch.randn(2, 3, 7, dtype=torch.float64)
-    opcheck(interpolation, (seg, other, clf, clf_enhanced, gate, signals))
+    opcheck(interpolation, (seg, other, clf, clf_enhanced, *gate, signals))
     with torch.no_grad():
         opcheck(channel_dot, (seg, other))
         vectors, none = torch.randn(3, 6).double(), seg.new_empty(0)
