@@ -14,7 +14,7 @@ from torch import Tensor
 
 from btinet_kernels.backends import choose
 from btinet_kernels.interaction import reference
-from btinet_kernels.interaction.level_op import level, level_forward
+from btinet_kernels.interaction.level_op import differentiable_level, level_forward
 from btinet_kernels.interaction.passes_op import LevelOptions, pack
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Signals
 from btinet_kernels.interaction.upa_op import interpolate_forward, interpolation
@@ -137,7 +137,7 @@ def _interact(
     if choose(operator, seg) == "reference":
         outputs = level_forward(reference, seg, clf, packed, options)
     else:
-        outputs = level(seg, clf, *packed, *options)
+        outputs = differentiable_level(seg, clf, *packed, *options)
     if options.training:
         with torch.no_grad():
             weights.running_mean.lerp_(outputs[4].to(weights.running_mean.dtype), momentum)

@@ -112,6 +112,14 @@ inline Vector<T> absolute(Vector<T> value) {
 // factor * sign(value); sign(0) = 0.
 template <class T>
 inline Vector<T> with_sign_of(Vector<T> factor, Vector<T> value) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 nonzero = _mm512_cmp_ps_mask(__m512(value), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    constexpr int kXorAnd = 0x78;  // a ^ (b & c)
+    return Vector<T>(_mm512_maskz_ternarylogic_epi32(nonzero, __m512i(factor), __m512i(value),
+                                                     _mm512_set1_epi32(int(kSignBit<float>)), kXorAnd));
+  }
+#endif
   using bits = typename Lanes<T>::bits;
   const Vector<T> turned = Vector<T>(bits(factor) ^ (bits(value) & kSignBit<T>));
   return value != T(0) ? turned : Vector<T>{};

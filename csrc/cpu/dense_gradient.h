@@ -117,38 +117,92 @@ class DenseGradient {
     return {sample.repacked.data(), position_step, channel_step};
   }
 
+  // Pointers to a position's values and to those of its neighbours along A axes; one that is missing is itself.
+  template <int A>
+  struct Star {
+    const S* here;
+    const S* next[A + 1];
+    const S* previous[A + 1];
+  };
+
   template <int A>
   void write_rows(const Block& block, Sample& sample) const {
-    const int64_t first = block.first, begin = block.positions.begin;
-    const S* base = seg_.data + block.positions.sample * seg_.batch_stride + first;
-    S* target = out_.data + block.positions.sample * out_.batch_stride + first;
+    const int64_t begin = block.positions.begin;
+    const S* base = seg_.data + block.positions.sample * seg_.batch_stride + block.first;
+    S* target = out_.data + block.positions.sample * out_.batch_stride + block.first;
     const Upstream up = upstream(block, sample);
-    const Vector<T> edges = broadcast(sample.edges);
-    const T *scale = &sample.scale[first], *constant = &sample.constant[first];
-    const T *slope = &sample.slope[first], *centre = &sample.centre[first];
+    const bool whole = block.columns == kVectors * Lanes<T>::count && !sample.has_slope && block.products;
+    Vector<T> carried[kVectors] = {};
+    bool carries = false;
     auto walk = neighbours_.walk_from(begin);
     for (int64_t r = 0; r < block.rows(); ++r, walk.advance()) {
-      const S* here = base + seg_offsets_[begin + r];
-      const S *next[3] = {here, here, here}, *previous[3] = {here, here, here};
+      Star<A> star;
+      star.here = base + seg_offsets_[begin + r];
       for (int a = 0; a < A; ++a) {
         const int64_t step = neighbours_.step(a);
-        if (walk.has_next(a)) next[a] = base + seg_offsets_[begin + r + step];
-        if (walk.has_previous(a)) previous[a] = base + seg_offsets_[begin + r - step];
+        star.next[a] = walk.has_next(a) ? base + seg_offsets_[begin + r + step] : star.here;
+        star.previous[a] = walk.has_previous(a) ? base + seg_offsets_[begin + r - step] : star.here;
       }
       const S* from = up.data + r * up.position_step;
       S* to = target + out_offsets_[begin + r];
-      const T* products = block.products ? block.products + r * block.stride : nullptr;
-      for_each_vector<T>(block.columns, [&](int64_t c, auto part) {
-        Vector<T> result = load(from + c, part) * load(scale + c) + load(constant + c);
-        const Vector<T> value = load(here + c, part);
-        if (sample.has_slope) result += load(slope + c) * (value - load(centre + c));
-        for (int a = 0; a < A; ++a)
-          result += with_sign_of<T>(edges, value - load(previous[a] + c, part)) -
-                    with_sign_of<T>(edges, load(next[a] + c, part) - value);
-        if (products) result += load(products + c);
-        store(to + c, result, part);
-      });
+      if (whole)
+        write_row<A>(star, from, block, r, sample, carries, carried, to);
+      else
+        write_any_row<A>(star, from, block, r, sample, to);
+      carries = A > 0 && walk.has_next(0);
     }
+  }
+
+  template <int A, class P>
+  static Vector<T> edges_of(const Star<A>& star, Vector<T> value, Vector<T> edges, int64_t c, P part) {
+    Vector<T> sum = {};
+    for (int a = 0; a < A; ++a)
+      sum += with_sign_of<T>(edges, value - load(star.previous[a] + c, part)) -
+             with_sign_of<T>(edges, load(star.next[a] + c, part) - value);
+    return sum;
+  }
+
+  // A whole chunk of channels, without a gradient of the variance: the case that matters, unrolled. The slope towards
+  // the next position along the first axis is carried over to that position.
+  template <int A>
+  static void write_row(const Star<A>& star, const S* from, const Block& block, int64_t r, const Sample& sample,
+                        bool carries, Vector<T> (&carried)[kVectors], S* to) {
+    constexpr int64_t lanes = Lanes<T>::count;
+    const T *products = block.products + r * block.stride, *scale = &sample.scale[block.first];
+    const T* constant = &sample.constant[block.first];
+    const Vector<T> edges = broadcast(sample.edges);
+    if (A > 0 && !carries)
+      for (int v = 0; v < kVectors; ++v)
+        carried[v] = with_sign_of<T>(edges, load(star.here + v * lanes) - load(star.previous[0] + v * lanes));
+    Vector<T> result[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t c = v * lanes;
+      result[v] = load(from + c) * load(scale + c) + load(constant + c) + load(products + c);
+      if (A == 0) continue;
+      const Vector<T> value = load(star.here + c);
+      const Vector<T> slope = with_sign_of<T>(edges, load(star.next[0] + c) - value);
+      result[v] += carried[v] - slope;
+      carried[v] = slope;
+      for (int a = 1; a < A; ++a)
+        result[v] += with_sign_of<T>(edges, value - load(star.previous[a] + c)) -
+                     with_sign_of<T>(edges, load(star.next[a] + c) - value);
+    }
+    for (int v = 0; v < kVectors; ++v) store(to + v * lanes, result[v]);
+  }
+
+  template <int A>
+  static void write_any_row(const Star<A>& star, const S* from, const Block& block, int64_t r, const Sample& sample,
+                            S* to) {
+    const Vector<T> edges = broadcast(sample.edges);
+    for_each_vector<T>(block.columns, [&](int64_t c, auto part) {
+      const int64_t channel = block.first + c;
+      const Vector<T> value = load(star.here + c, part);
+      Vector<T> result = load(from + c, part) * load(&sample.scale[channel]) + load(&sample.constant[channel]);
+      if (sample.has_slope) result += load(&sample.slope[channel]) * (value - load(&sample.centre[channel]));
+      if (A > 0) result += edges_of<A>(star, value, edges, c, part);
+      if (block.products) result += load(block.products + r * block.stride + c);
+      store(to + c, result, part);
+    });
   }
 
   // The vector at plane[n] of `count` values; zero before the first and after the last.

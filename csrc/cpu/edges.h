@@ -38,24 +38,28 @@ class Neighbours {
   int64_t step(int axis) const { return axes_[axis].step; }
   int64_t count() const { return count_; }
 
-  // Goes through the positions one by one.
+  // Goes through the positions one by one. Axes without neighbours have size 1.
   class Walk {
    public:
-    Walk(const Neighbours& neighbours, int64_t n) : axes_(neighbours.axes_) {
-      for (int a = 0; a < neighbours.axes(); ++a) coordinate_[a] = n / axes_[a].step % axes_[a].size;
+    Walk(const Neighbours& neighbours, int64_t n) {
+      for (int a = 0; a < neighbours.axes(); ++a) {
+        size_[a] = neighbours.axes_[a].size;
+        coordinate_[a] = n / neighbours.axes_[a].step % size_[a];
+      }
     }
-    bool has_next(int axis) const { return coordinate_[axis] + 1 < axes_[axis].size; }
+    bool has_next(int axis) const { return coordinate_[axis] + 1 < size_[axis]; }
     bool has_previous(int axis) const { return coordinate_[axis] > 0; }
     void advance() {
-      for (size_t a = 0; a < axes_.size(); ++a) {
-        if (++coordinate_[a] < axes_[a].size) return;
-        coordinate_[a] = 0;
-      }
+      if (++coordinate_[0] < size_[0]) return;
+      coordinate_[0] = 0;
+      if (++coordinate_[1] < size_[1]) return;
+      coordinate_[1] = 0;
+      ++coordinate_[2];
     }
 
    private:
-    const std::vector<Axis>& axes_;
-    int64_t coordinate_[3];
+    int64_t size_[3] = {1, 1, 1};
+    int64_t coordinate_[3] = {0, 0, 0};
   };
   Walk walk_from(int64_t n) const { return Walk(*this, n); }
   // All ones in the lanes of the positions from n on that have a next one, else zero; n may lie a step outside.

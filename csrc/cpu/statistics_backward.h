@@ -208,7 +208,7 @@ void statistics_backward(const View<const S>& seg, const View<const S>& grad, co
   {
     ContextGradientPass<S> pass(seg, context, saved, gradient.pooled, dense, weight_rows, operand);
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t group = groups - 1; group >= 0; --group) {  // backwards: pass A has just read the end
       ContextSums<T> sums{weight_sums.data() + group * hidden * stride, bias_sums.data() + group * hidden,
                           pool_sums.data() + group * hidden};
       partition.for_each_stretch(group, groups, [&](const Range& range) { pass.run(range, sums); });
