@@ -51,7 +51,7 @@ PYBIND11_MODULE(_cuda, module) {
   using Release = py::call_guard<py::gil_scoped_release>;
 
   // (address, dtype, [B, C, z, y, x] sizes, strides in elements)
-  py::class_<Tensor>(module, "Dense")
+  py::class_<Tensor>(module, "Dense", py::module_local())
       .def(py::init([](uintptr_t address, const std::string& dtype, const Sizes& size, const Sizes& stride) {
         return Tensor{{at<void>(address), shape_of(size), stride[0], stride[1], {stride[2], stride[3], stride[4]}},
                       type_named(dtype)};

@@ -140,7 +140,7 @@ def _dense(tensor: Tensor) -> Any:
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[None]:
-    return torch.cuda.device(tensor.device)  # type: ignore[return-value]
+    return torch.cuda.device(tensor.device)
 
 
 def _stream(tensor: Tensor) -> int:
