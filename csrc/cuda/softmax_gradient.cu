@@ -41,7 +41,7 @@ __device__ void store_values(const SoftmaxTask<T>& task, const Place& place, con
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) softmax_gradient_kernel(const __grid_constant__ SoftmaxTask<T> task) {
+__global__ void __launch_bounds__(kThreads, 2) softmax_gradient_kernel(const __grid_constant__ SoftmaxTask<T> task) {
   __shared__ HiddenMemory memory;
   const Context& context = task.layer.context;
   const Place place = task.grid.place(blockIdx.x);

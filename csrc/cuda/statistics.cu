@@ -12,7 +12,8 @@ constexpr int64_t kWantedBlocks = 528;  // small batches cut the hidden layer fi
 
 // Of each tile of positions.
 struct Partials {
-  float* mean;       // [B, tiles, C]
+  float* shift;      // [B, tiles, C], a value of the tile ...
+  float* offset;     // [B, tiles, C], ... and the mean's distance from it: together more exact than one float32
   float* deviation;  // [B, tiles, C], sum of squared differences from that mean
   float* edges;      // [B, tiles], sum of |forward differences|
   float* pooled;     // [B, tiles, hidden], sums with the shares exp(logit - top)
@@ -23,8 +24,9 @@ struct Partials {
 Partials partials_in(float* workspace, const Shape& shape) {
   const int64_t tiles = shape.batch * tiles_of(shape);
   Partials result;
-  result.mean = workspace;
-  result.deviation = result.mean + tiles * shape.channels;
+  result.shift = workspace;
+  result.offset = result.shift + tiles * shape.channels;
+  result.deviation = result.offset + tiles * shape.channels;
   result.edges = result.deviation + tiles * shape.channels;
   result.top = result.edges + tiles;
   result.share = result.top + tiles;
@@ -63,11 +65,10 @@ __device__ float reduce_tile(const StatisticsTask<T>& task, const Place& place, 
   for (int begin = threadIdx.x / 32 * lane.channels; begin < live.channels; begin += kWarps * lane.channels) {
     const int c = begin + lane.channel;
     const float shift = *tile.at(c, 0);
-    float sum = 0, square = 0;
+    float sum = 0;
     for (int p = lane.position; p < live.positions; p += lane.positions) {
       const float here = *tile.at(c, p);
       sum += here - shift;
-      square += (here - shift) * (here - shift);
       if (!task.edges || c >= live.channels) continue;
 #pragma unroll
       for (int d = 0; d < 3; ++d) {
@@ -77,12 +78,20 @@ __device__ float reduce_tile(const StatisticsTask<T>& task, const Place& place, 
         edges += fabsf(next - here);
       }
     }
-    sum = lane.sum_of_channel(sum);
+    const float offset = lane.sum_of_channel(sum) / live.positions;
+    const bool writes = lane.position == 0 && c < live.channels;
+    if (writes) {
+      task.partials.shift[row + c] = shift;
+      task.partials.offset[row + c] = offset;
+    }
+    if (!task.variance) continue;
+    float square = 0;
+    for (int p = lane.position; p < live.positions; p += lane.positions) {
+      const float difference = (*tile.at(c, p) - shift) - offset;
+      square += difference * difference;
+    }
     square = lane.sum_of_channel(square);
-    if (lane.position != 0 || c >= live.channels) continue;
-    const float mean = sum / live.positions;
-    task.partials.mean[row + c] = shift + mean;
-    if (task.variance) task.partials.deviation[row + c] = fmaxf(square - sum * mean, 0.0f);
+    if (writes) task.partials.deviation[row + c] = square;
   }
   return edges;
 }
@@ -106,7 +115,8 @@ __device__ inline void store_active(const Hidden& hidden, const Columns& columns
 }
 
 template <class T, bool kSoftmax>
-__global__ void __launch_bounds__(kThreads, 3) statistics_kernel(const __grid_constant__ StatisticsTask<T> task) {
+__global__ void __launch_bounds__(kThreads, kSoftmax ? 2 : 3)
+    statistics_kernel(const __grid_constant__ StatisticsTask<T> task) {
   __shared__ HiddenMemory memory;
   __shared__ uint8_t has_next[kPositions];
   const Shape& shape = task.layer.seg.shape;
@@ -187,16 +197,16 @@ __device__ inline void combine_moments(const CombineTask& task, int64_t sample, 
   const int64_t channels = task.shape.channels, count = positions_of(task.shape);
   const int64_t begin = sample * task.tiles * channels + channel;
   const bool exists = channel < channels;
-  const float origin = exists ? task.partials.mean[begin] : 0;
+  const double origin = exists ? task.partials.shift[begin] : 0;
   double sum = 0, square = 0;
   if (exists)
 #pragma unroll 4
     for (int64_t tile = first; tile < task.tiles; tile += kPartsOfBlock) {
       const int rows = rest(count, tile * kPositions, kPositions);
-      const double difference = double(task.partials.mean[begin + tile * channels]) - origin;
+      const int64_t at = begin + tile * channels;
+      const double difference = task.partials.shift[at] - origin + task.partials.offset[at];
       sum += rows * difference;
-      if (task.out.variance)
-        square += task.partials.deviation[begin + tile * channels] + rows * difference * difference;
+      if (task.out.variance) square += task.partials.deviation[at] + rows * difference * difference;
     }
   sum = across_parts(sum, Add{}) / count;
   square = across_parts(square, Add{}) / count - sum * sum;
@@ -255,7 +265,7 @@ int columns_for(const Grid& tiles, int64_t hidden) {
 }  // namespace
 
 int64_t statistics_workspace(const Shape& shape, int64_t hidden) {
-  return shape.batch * tiles_of(shape) * (2 * shape.channels + 3 + hidden);
+  return shape.batch * tiles_of(shape) * (3 * shape.channels + 3 + hidden);
 }
 
 void statistics(const Tensor& seg, const Context& context, const Statistics& out, float* workspace, void* stream) {
