@@ -61,6 +61,7 @@ template <bool kLeftExact, bool kRightExact, int M, int N>
 __device__ inline void multiply(float (&sum)[M][N][4], const Operand& left, const Operand& right, int inner,
                                 int columns) {
   static_assert(N % kGroup == 0);
+  __syncwarp();  // mma wants the warp in step
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int left_step[4] = {0, 8 * left.outer_step, 4 * left.inner_step, 8 * left.outer_step + 4 * left.inner_step};
   const int right_step[2] = {0, 4 * right.inner_step};

@@ -47,6 +47,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 inline void __syncthreads() {
   emulation::block_barrier();
 }
+inline void __syncwarp() {
+  emulation::warp_barrier();
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
