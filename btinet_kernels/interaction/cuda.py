@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from btinet_kernels.backends import cuda_module
-from btinet_kernels.interaction.passes_op import active_shape
+from btinet_kernels.interaction.pointers import (
+    Rows,
+    address,
+    new_context_gradients,
+    new_statistics,
+    padded_addresses,
+    sizes_and_strides,
+)
 from btinet_kernels.interaction.reference import Context, Statistics
 
 
@@ -21,28 +28,17 @@ def statistics(
     seg: Tensor, context: Context | None, *, variance: bool, edges: bool, active: bool = False
 ) -> Statistics:
     """See ``reference.statistics``."""
-    batch, channels = seg.shape[:2]
+    result = new_statistics(seg, context, variance=variance, edges=edges, active=active)
     hidden = 0 if context is None else context.weight.shape[0]
-    softmax = context is not None and context.pool_weight is not None
-    vectors = seg.new_empty(0, dtype=torch.float32)
-    bits = active and context is not None and not softmax
-    result = Statistics(
-        vectors.new_empty(batch, channels),
-        vectors.new_empty(batch, channels) if variance else vectors,
-        vectors.new_empty(batch) if edges else vectors,
-        vectors.new_empty(batch, hidden) if context is not None else vectors,
-        vectors.new_empty(batch) if softmax else vectors,
-        seg.new_empty(active_shape(seg, hidden) if bits else 0, dtype=torch.uint8),
-    )
-    dense, rows = _dense(seg), _Rows()
-    workspace = vectors.new_empty(cuda_module.statistics_workspace(dense, hidden))
+    dense, rows = _dense(seg), Rows()
+    workspace = result.mean.new_empty(cuda_module.statistics_workspace(dense, hidden))
     with _device(seg):
         cuda_module.statistics(
             dense,
             hidden,
-            _context(rows, context),
-            [_address(t) for t in result],
-            _address(workspace),
+            rows.context(context),
+            [address(t) for t in result],
+            address(workspace),
             _stream(seg),
         )
     return result
@@ -50,7 +46,7 @@ def statistics(
 
 def scale_channels(seg: Tensor, scale: Tensor) -> Tensor:
     """See ``reference.scale_channels``."""
-    out, rows = torch.empty_like(seg), _Rows()
+    out, rows = torch.empty_like(seg), Rows()
     with _device(seg):
         cuda_module.scale_channels(_dense(seg), rows.address(scale), _dense(out), _stream(seg))
     return out
@@ -58,7 +54,7 @@ def scale_channels(seg: Tensor, scale: Tensor) -> Tensor:
 
 def interpolate(base: Tensor, enhanced: Tensor, weight: Tensor) -> Tensor:
     """See ``reference.interpolate``."""
-    out, rows = torch.empty_like(base), _Rows()
+    out, rows = torch.empty_like(base), Rows()
     with _device(base):
         cuda_module.interpolate(_dense(base), _dense(enhanced), rows.address(weight), _dense(out), _stream(base))
     return out
@@ -70,7 +66,7 @@ def channel_dot(grad: Tensor, seg: Tensor) -> Tensor:
     dense = _dense(seg)
     workspace = out.new_empty(cuda_module.channel_dot_workspace(dense))
     with _device(seg):
-        cuda_module.channel_dot(_dense(grad), dense, _address(out), _address(workspace), _stream(seg))
+        cuda_module.channel_dot(_dense(grad), dense, address(out), address(workspace), _stream(seg))
     return out
 
 
@@ -79,13 +75,12 @@ def statistics_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """``grad · scale`` plus the gradient through ``statistics``: gradient of seg, gradients of the context."""
     out = torch.empty_like(seg)
-    weights = [] if context is None else [w for w in context if w is not None]
-    gradients = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+    gradients = new_context_gradients(context)
     hidden = 0 if context is None else context.weight.shape[0]
     softmax = context is not None and context.pool_weight is not None
     if context is not None and not softmax and saved.active.numel() == 0:
         saved = saved._replace(active=statistics(seg, context, variance=False, edges=False, active=True).active)
-    dense, rows = _dense(seg), _Rows()
+    dense, rows = _dense(seg), Rows()
     workspace = scale.new_empty(cuda_module.statistics_backward_workspace(dense, hidden, softmax), dtype=torch.float32)
     with _device(seg):
         cuda_module.statistics_backward(
@@ -93,50 +88,23 @@ def statistics_backward(
             _dense(grad),
             rows.address(scale),
             hidden,
-            _context(rows, context),
+            rows.context(context),
             [rows.address(t) for t in saved],
             [rows.address(t) for t in gradient[:4]],
             _dense(out),
-            [_address(g) for g in gradients] + [0] * (3 - len(gradients)),
-            _address(workspace),
+            padded_addresses(gradients, 3),
+            address(workspace),
             _stream(seg),
         )
     return out, gradients
 
 
-class _Rows:
-    """Keeps the dense copies of small vectors alive until a kernel that reads them is enqueued."""
-
-    def __init__(self) -> None:
-        self._kept: list[Tensor] = []
-
-    def address(self, vector: Tensor) -> int:
-        if vector.numel() == 0:
-            return 0
-        self._kept.append(vector.contiguous())
-        return self._kept[-1].data_ptr()
-
-
-def _context(rows: _Rows, context: Context | None) -> list[int]:
-    if context is None:
-        return [0, 0, 0]
-    return [0 if w is None else rows.address(w) for w in context]
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() else 0
-
-
 def _dense(tensor: Tensor) -> Any:
-    """``[B, C, *spatial]`` as five sizes and strides; missing spatial axes come first, with size 1."""
-    missing = 5 - tensor.ndim
-    size, stride = list(tensor.shape), list(tensor.stride())
-    return cuda_module.Dense(
-        tensor.data_ptr(),
-        str(tensor.dtype).removeprefix("torch."),
-        size[:2] + [1] * missing + size[2:],
-        stride[:2] + [0] * missing + stride[2:],
-    )
+    return cuda_module.Dense(tensor.data_ptr(), _name(tensor.dtype), *sizes_and_strides(tensor))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[None]:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from btinet_kernels.backends import native_module
-from btinet_kernels.interaction.passes_op import LevelOptions, accumulation_dtype, active_shape
+from btinet_kernels.interaction.passes_op import LevelOptions, accumulation_dtype
+from btinet_kernels.interaction.pointers import (
+    Rows,
+    address,
+    new_context_gradients,
+    new_statistics,
+    padded_addresses,
+    sizes_and_strides,
+)
 from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
 from btinet_kernels.interaction.vectors_backward import LevelGradient
 
@@ -20,28 +28,16 @@ def statistics(
     seg: Tensor, context: Context | None, *, variance: bool, edges: bool, active: bool = False
 ) -> Statistics:
     """See ``reference.statistics``."""
-    batch, channels = seg.shape[:2]
-    hidden = 0 if context is None else context.weight.shape[0]
-    softmax = context is not None and context.pool_weight is not None
-    bits = active and context is not None and not softmax
-    dtype = accumulation_dtype(seg)
-    result = Statistics(
-        seg.new_empty(batch, channels, dtype=dtype),
-        seg.new_empty((batch, channels) if variance else 0, dtype=dtype),
-        seg.new_empty(batch if edges else 0, dtype=dtype),
-        seg.new_empty((batch, hidden) if context is not None else 0, dtype=dtype),
-        seg.new_empty(batch if softmax else 0, dtype=dtype),
-        seg.new_empty(active_shape(seg, hidden) if bits else 0, dtype=torch.uint8),
-    )
-    owner = _Rows()
-    _call("statistics", seg, _dense(seg), hidden, _context(owner, context), [_address(t) for t in result])
+    result = new_statistics(seg, context, variance=variance, edges=edges, active=active)
+    rows, hidden = Rows(), 0 if context is None else context.weight.shape[0]
+    _call("statistics", seg, _dense(seg), hidden, rows.context(context), [address(t) for t in result])
     return result
 
 
 def scale_channels(seg: Tensor, scale: Tensor) -> Tensor:
     """See ``reference.scale_channels``."""
     out = torch.empty_like(seg)
-    owner = _Rows()
+    owner = Rows()
     _call("scale_channels", seg, _dense(seg), owner.address(scale), _dense(out))
     return out
 
@@ -49,7 +45,7 @@ def scale_channels(seg: Tensor, scale: Tensor) -> Tensor:
 def interpolate(base: Tensor, enhanced: Tensor, weight: Tensor) -> Tensor:
     """See ``reference.interpolate``."""
     out = torch.empty_like(base)
-    owner = _Rows()
+    owner = Rows()
     _call("interpolate", base, _dense(base), _dense(enhanced), owner.address(weight), _dense(out))
     return out
 
@@ -66,9 +62,8 @@ def statistics_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """``grad · scale`` plus the gradient through ``statistics``: gradient of seg, gradients of the context."""
     out = torch.empty_like(seg)
-    weights = [] if context is None else [w for w in context if w is not None]
-    gradients = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
-    owner = _Rows()
+    gradients = new_context_gradients(context)
+    owner = Rows()
     _call(
         "statistics_backward",
         seg,
@@ -76,11 +71,11 @@ def statistics_backward(
         _dense(grad),
         owner.address(scale),
         0 if context is None else context.weight.shape[0],
-        _context(owner, context),
+        owner.context(context),
         [owner.address(t) for t in saved],
         [owner.address(t) for t in gradient[:4]],
         _dense(out),
-        [_address(g) for g in gradients] + [0] * (3 - len(gradients)),
+        padded_addresses(gradients, 3),
     )
     return out, gradients
 
@@ -89,7 +84,7 @@ def level_vectors(
     stats: Statistics, clf: Tensor, weights: InteractionWeights, gate: GateWeights | None, options: LevelOptions
 ) -> tuple[Tensor, ...]:
     """See ``level_op.level_vectors``."""
-    owner = _Rows()
+    owner = Rows()
     rows, features = clf.shape
     proxies = _SIGNALS[options.signals].width
     new = stats.mean.new_empty
@@ -107,7 +102,7 @@ def level_vectors(
         _level_options(clf, weights, gate, options),
         _level_inputs(owner, stats, clf),
         _level_weights(owner, weights, gate),
-        [_address(t) for t in result],
+        [address(t) for t in result],
     )
     return tuple(result)
 
@@ -125,7 +120,7 @@ def level_backward(
     d_proxies: Tensor,
 ) -> LevelGradient:
     """See ``vectors_backward.level_backward``."""
-    owner = _Rows()
+    owner = Rows()
     new = stats.mean.new_empty
     signals = options.signals
     d_stats = [
@@ -138,7 +133,7 @@ def level_backward(
     d_weights = [new(w.shape) for w in (*weights[3:7], *weights[9:])]
     d_gate = [new(w.shape) for w in gate or () if w is not None]
     missing = [0, 0] if signals == "variance" else []
-    addresses = [_address(t) for t in d_weights], [*missing, *(_address(t) for t in d_gate)]
+    addresses = [address(t) for t in d_weights], [*missing, *(address(t) for t in d_gate)]
     _call(
         "level_backward",
         clf,
@@ -146,7 +141,7 @@ def level_backward(
         _level_inputs(owner, stats, clf),
         _level_weights(owner, weights, gate),
         [owner.address(t) for t in (d_scale, d_clf_out, d_gates, d_proxies)],
-        [_address(t) for t in (*d_stats, d_clf)],
+        [address(t) for t in (*d_stats, d_clf)],
         [*addresses[0][:4], 0, 0, *addresses[0][4:], *(addresses[1] or [0] * 6)],
     )
     return LevelGradient(d_stats, d_clf, d_weights, d_gate)
@@ -170,46 +165,16 @@ def _level_options(clf: Tensor, weights: InteractionWeights, gate: GateWeights |
     )
 
 
-def _level_inputs(owner: _Rows, stats: Statistics, clf: Tensor) -> list[int]:
+def _level_inputs(owner: Rows, stats: Statistics, clf: Tensor) -> list[int]:
     return [owner.address(t) for t in (*stats[:4], clf)]
 
 
-def _level_weights(owner: _Rows, weights: InteractionWeights, gate: GateWeights | None) -> list[int]:
-    return [0 if w is None else owner.address(w) for w in (*weights[3:], *(gate or [None] * 6))]
-
-
-class _Rows:
-    """Keeps the dense copies of small vectors alive while a kernel reads them."""
-
-    def __init__(self) -> None:
-        self._kept: list[Tensor] = []
-
-    def address(self, vector: Tensor) -> int:
-        if vector.numel() == 0:
-            return 0
-        self._kept.append(vector.contiguous())
-        return self._kept[-1].data_ptr()
-
-
-def _context(owner: _Rows, context: Context | None) -> list[int]:
-    if context is None:
-        return [0, 0, 0]
-    return [0 if w is None else owner.address(w) for w in context]
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() else 0
+def _level_weights(owner: Rows, weights: InteractionWeights, gate: GateWeights | None) -> list[int]:
+    return [owner.address(w) for w in (*weights[3:], *(gate or [None] * 6))]
 
 
 def _dense(tensor: Tensor) -> Any:
-    """``[B, C, *spatial]`` as five sizes and strides; missing spatial axes come first, with size 1."""
-    missing = 5 - tensor.ndim
-    size, stride = list(tensor.shape), list(tensor.stride())
-    return native_module.Dense(
-        tensor.data_ptr(),
-        size[:2] + [1] * missing + size[2:],
-        stride[:2] + [0] * missing + stride[2:],
-    )
+    return native_module.Dense(tensor.data_ptr(), *sizes_and_strides(tensor))
 
 
 def _call(name: str, seg: Tensor, *arguments: Any) -> None:
