@@ -75,6 +75,7 @@ class Recorder:
             "dtype": workload.dtype_name,
             "layout": workload.layout,
             "direction": direction,
+            "max_autotune": workload.max_autotune,
             "mode": "inference" if workload.inference else "training",
             "bytes": limit.bytes,
             "flops": limit.flops,

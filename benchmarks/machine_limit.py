@@ -148,7 +148,7 @@ def product_rate(size: int, dtype: torch.dtype, device: str) -> float:
     """Of a square matrix product, flop/s."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2.0 * size**3 / _fastest(lambda: torch.mm(a, b, out=out), device)
+    return 2.0 * size**3 / _fastest(lambda: torch.mm(a, b, out=out), device, repeats=5)
 
 
 def cpu_peaks() -> dict[str, float]:
