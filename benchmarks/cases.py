@@ -99,9 +99,9 @@ def gpu_workloads(*, quick: bool, full: bool) -> list[Workload]:
         for c, s, b in LARGE
     ]
     if not full:
-        return first + batches + half + contiguous + large + searched + rest + large_rest
+        return first + batches + half + contiguous + searched + large + rest + large_rest
     more = [Workload(c, s, b, max_autotune=True) for b in (32, 1) for c, s in DECODER]
-    return first + batches + half + contiguous + large + searched + rest + large_rest + more
+    return first + batches + half + contiguous + searched + large + rest + large_rest + more
 
 
 def directions(workload: Workload, device: str) -> tuple[str, ...]:

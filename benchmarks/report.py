@@ -135,8 +135,8 @@ def full_report(results: Sequence[Result]) -> str:
     parts = [
         "# Benchmarks of the interaction\n",
         "Written by `python benchmarks/report.py` from `benchmarks/results`. Times in ms: median (quartiles),\n"
-        "interleaved in one process after a comparison with float64. *Forward* in training records for the backward; at B=1 it is\n"
-        "inference. The limit and its formula: `benchmarks/machine_limit.py`.\n",
+        "interleaved in one process after a comparison with float64. *Forward* in training records for the\n"
+        "backward; at B=1 it is inference. The limit and its formula: `benchmarks/machine_limit.py`.\n",
     ]
     for result in results:
         parts += [f"## {title(result['machine'])}\n", _facts(result)]
