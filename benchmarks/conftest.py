@@ -1,7 +1,148 @@
-import pytest
-import torch
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import machine
+
+machine.keep_pages()  # before anything is allocated, the same for all variants
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from cases import Workload, cpu_workloads, gpu_workloads  # noqa: E402
+from machine_limit import Machine  # noqa: E402
+from variants import Problem  # noqa: E402
+
+from btinet_kernels.backends import native_module  # noqa: E402
+
+HERE = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def _same_numbers_every_time() -> None:
-    torch.manual_seed(0)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("interaction benchmarks")
+    group.addoption("--quick", action="store_true", help="only the decoder's shapes in float32, channels_last")
+    group.addoption("--full", action="store_true", help="also the combinations that take long to compile")
+    group.addoption("--shapes", default="", help="only workloads whose name contains this, e.g. '384x14'")
+    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    group.addoption("--rounds", type=int, default=20, help="samples of each variant at least (default 20)")
+    group.addoption("--time-limit", type=float, default=540, help="seconds after which no case is begun (default 540)")
+    group.addoption("--save-results", action="store_true", help="write RESULTS/<machine>/interaction.json")
+    group.addoption("--results", type=Path, default=HERE / "results", help="where (default benchmarks/results)")
+
+
+class Recorder:
+    """Collects what was measured, and writes it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        asked = config.getoption("device")
+        self.device = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.limits = Machine(self.device)
+        self.not_measured: list[dict[str, str]] = []
+        self._measured: list[tuple[Workload, str, dict[str, Any]]] = []
+        self._deadline = time.monotonic() + config.getoption("time_limit")
+
+    def workloads(self, config: pytest.Config) -> list[Workload]:
+        options = {name: config.getoption(name) for name in ("quick", "full")}
+        workloads = gpu_workloads(**options) if self.device == "cuda" else cpu_workloads(**options)
+        return [w for w in workloads if config.getoption("shapes") in w.name]
+
+    def refuse_if_late(self, name: str) -> None:
+        if time.monotonic() > self._deadline:
+            self.not_measured.append({"name": name, "reason": "the time limit was reached"})
+            pytest.skip("the time limit was reached (--time-limit)")
+
+    def add(self, workload: Workload, direction: str, measured: dict[str, Any]) -> None:
+        """One case; its limit follows in ``finish``."""
+        self.limits.limit(workload, direction)
+        self._measured.append((workload, direction, measured))
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Every case with its limit, from the best rates seen at two moments."""
+        if self._measured:
+            self.limits.measure_again()
+        return [self._case(*entry) for entry in self._measured]
+
+    def _case(self, workload: Workload, direction: str, measured: dict[str, Any]) -> dict[str, Any]:
+        limit = self.limits.limit(workload, direction)
+        return {
+            "name": workload.name,
+            "channels": workload.channels,
+            "size": workload.size,
+            "batch": workload.batch,
+            "dtype": workload.dtype_name,
+            "layout": workload.layout,
+            "direction": direction,
+            "max_autotune": workload.max_autotune,
+            "mode": "inference" if workload.inference else "training",
+            "bytes": limit.bytes,
+            "flops": limit.flops,
+            "limit_ms": round(limit.ms, 6),
+            **measured,
+        }
+
+    def write(self, cases: list[dict[str, Any]], folder: Path) -> Path:
+        described = machine.describe(self.device)
+        content = {
+            "machine": described,
+            "limits": self.limits.as_dict(),
+            "cases": cases,
+            "not_measured": self.not_measured,
+        }
+        path = folder / described["slug"] / "interaction.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(path)
+        return path
+
+
+_recorder = pytest.StashKey[Recorder]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if native_module is None and config.getoption("device") != "cuda":
+        raise pytest.UsageError(
+            "the compiled part is missing: run `pip install .` and `pytest` (`python -m pytest` imports the checkout)."
+        )
+    config.stash[_recorder] = Recorder(config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "problem" in metafunc.fixturenames:
+        workloads = metafunc.config.stash[_recorder].workloads(metafunc.config)
+        metafunc.parametrize("problem", workloads, indirect=True, scope="module", ids=lambda w: w.name)
+
+
+@pytest.fixture(scope="session")
+def recorder(request: pytest.FixtureRequest) -> Recorder:
+    return request.config.stash[_recorder]
+
+
+@pytest.fixture(scope="module")
+def problem(request: pytest.FixtureRequest, recorder: Recorder) -> Iterator[Problem]:
+    """One per workload, for all its directions: what was compiled once serves them all."""
+    recorder.refuse_if_late(request.param.name)
+    yield Problem(request.param, recorder.device)
+    if recorder.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    recorder = config.stash[_recorder]
+    cases = recorder.finish()
+    if not cases:
+        return
+    terminalreporter.section("interleaved medians in ms (quartiles), and the machine's limit")
+    for case in cases:
+        terminalreporter.line(f"{case['name']}, {case['direction']}: limit {case['limit_ms']:.3f}")
+        for name, summary in case["variants"].items():
+            spread = f"({summary['q1_ms']:.3f} … {summary['q3_ms']:.3f})"
+            share = f"{case['limit_ms'] / summary['median_ms']:.0%} of the limit's speed"
+            terminalreporter.line(f"    {name:<20} {summary['median_ms']:9.3f}  {spread}, {share}")
+        for name, reason in case["unavailable"].items():
+            terminalreporter.line(f"    {name:<20} not measured: {reason}")
+    if config.getoption("save_results"):
+        terminalreporter.line(f"written: {recorder.write(cases, config.getoption('results'))}")
