@@ -59,26 +59,12 @@ class Offsets {
   std::vector<int64_t> values_;
 };
 
-// Asks for the channels [first, first + columns) of some positions, to be at hand when they are needed.
+// Asks for `count` values that are needed soon: the hardware does not foresee where the next plane lies.
 template <bool kForWriting, class S>
-void prefetch(const View<S>& view, const Offsets& offsets, const Range& range, int64_t first, int64_t columns) {
+inline void prefetch_run(const S* data, int64_t count) {
   constexpr int64_t line = 64 / sizeof(S);
-  constexpr int kSecondCache = 2;
-  const auto* base = view.data + range.sample * view.batch_stride + first * view.channel_stride;
-  switch (layout_of(view)) {
-    case Layout::rows:
-      for (int64_t n = range.begin; n < range.end; ++n)
-        for (int64_t c = 0; c < columns; c += line)
-          __builtin_prefetch(base + offsets[n] + c, kForWriting, kSecondCache);
-      break;
-    case Layout::planes:
-      for (int64_t c = 0; c < columns; ++c)
-        for (int64_t n = range.begin; n < range.end; n += line)
-          __builtin_prefetch(base + c * view.channel_stride + n, kForWriting, kSecondCache);
-      break;
-    case Layout::scattered:
-      break;
-  }
+  constexpr int kFirstCache = 3;
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(data + i, kForWriting, kFirstCache);
 }
 
 // tile[r][c] = view[sample, first + c, begin + r] for c < columns; the rest of a row's last vector is zero.

@@ -54,13 +54,6 @@ class DenseGradient {
     sample.edges = gradient_.edges ? gradient_.edges[b] / (T(channels) * T(count)) : T(0);
   }
 
-  // Asks for what `write` will need.
-  void prefetch(const Range& positions, int64_t first, int64_t columns) const {
-    BTINET_ISA::prefetch<false>(seg_, seg_offsets_, positions, first, columns);
-    BTINET_ISA::prefetch<false>(grad_, grad_offsets_, positions, first, columns);
-    BTINET_ISA::prefetch<true>(out_, out_offsets_, positions, first, columns);
-  }
-
   // Writes the channels [first, first + columns) of up to longest_tile() positions; `products` [positions, stride] or
   // null.
   void write(const Range& positions, int64_t first, int64_t columns, const T* products, int64_t stride,
@@ -236,6 +229,7 @@ class DenseGradient {
     using bits = typename Lanes<T>::bits;
     const Upstream up = upstream(block, sample);
     const int64_t begin = block.positions.begin, count = neighbours_.count();
+    const int64_t reach = A > 0 ? neighbours_.step(A - 1) : 0;
     const Vector<T> edges = broadcast(sample.edges);
     for (int64_t i = 0; i < block.columns; ++i) {
       const int64_t c = block.first + i;
@@ -243,6 +237,9 @@ class DenseGradient {
       S* to = out_.data + block.positions.sample * out_.batch_stride + c * out_.channel_stride + begin;
       const S* from = up.data + i * up.channel_step;
       const T* products = block.products ? &sample.turned[i * kLongTile] : nullptr;
+      prefetch_run<false>(plane + seg_.channel_stride + begin + reach, block.rows());
+      prefetch_run<false>(from + up.channel_step, block.rows());
+      prefetch_run<true>(to + out_.channel_stride, block.rows());
       const T scale = sample.scale[c], constant = sample.constant[c], slope = sample.slope[c];
       const T centre = sample.centre[c];
       for_each_vector<T>(block.rows(), [&](int64_t r, auto part) {

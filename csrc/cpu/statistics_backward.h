@@ -102,8 +102,6 @@ class ContextGradientPass {
       tile_.resize(kTile * width);
       seg_sums_.fill(hidden * width, T(0));
       for_each_tile(range, dense_.longest_tile(), [&](const Range& tile) {
-        dense_.prefetch({range.sample, tile.end, std::min(tile.end + dense_.longest_tile(), range.end)}, first,
-                        columns);
         sum_of_chosen_rows<T, V>(active + tile.begin * bytes, bytes, tile.end - tile.begin, bytes,
                                  weight_tables_.data(), products_.data(), width);
         dense_.write(tile, first, columns, products_.data(), width, sample_);
