@@ -32,8 +32,8 @@ from btinet_kernels.interaction.triton_tiles import (
 
 # A softmax over the positions needs a tile's whole context in one program.
 WIDEST_SOFTMAX_CONTEXT = 1024
-# So does the fused gradient of seg and of the context's weights; wider contexts take a launch for each.
-WIDEST_FUSED_CONTEXT = 256
+# The gradients of seg and of the context's weights share a read of seg where both fit the registers.
+WIDEST_FUSED_CONTEXT = 32
 
 
 def statistics(
@@ -58,8 +58,8 @@ def statistics(
     )
     if not seg.numel():
         return result
-    block_h = power_of_two(hidden, 16, WIDEST_SOFTMAX_CONTEXT if softmax else 64 if hidden > 128 else 128)
-    block_n = position_block(batch, count, most=min(128, 16384 // block_h))
+    block_h = power_of_two(hidden, 16, WIDEST_SOFTMAX_CONTEXT if softmax else 64)
+    block_n = position_block(batch, count, most=min(128, max(16, 4096 // block_h)))
     h_blocks, tiles = max(1, triton.cdiv(hidden, block_h)), triton.cdiv(count, block_n)
     sums = vector(batch, tiles, channels)
     squares = vector(batch, tiles, channels) if variance else sums
@@ -95,7 +95,8 @@ def statistics(
         BLOCK_N=block_n,
         BLOCK_C=channel_block(channels),
         BLOCK_H=block_h,
-        num_warps=8 if block_n * block_h >= 8192 else 4,
+        num_warps=8 if block_n * block_h >= 4096 else 4,
+        num_stages=2,
         **flags,
     )
     launch(
@@ -226,7 +227,7 @@ def _softmax_gradient(seg: Tensor, context: Context, saved: Statistics, gradient
     """Gradients of the context before its ReLU, ``[B, N, h]``, and of the pooling weight."""
     (batch, channels), hidden, count = seg.shape[:2], context.weight.shape[0], seg[0, 0].numel()
     layout, block_h = layout_of(seg), power_of_two(hidden, 16, WIDEST_SOFTMAX_CONTEXT)
-    block_n = position_block(batch, count, most=min(64, 16384 // block_h))
+    block_n = position_block(batch, count, most=min(64, max(16, 4096 // block_h)))
     tiles = triton.cdiv(count, block_n)
     d_context = saved.mean.new_empty(batch, count, hidden)
     partial, d_pool_weight = saved.mean.new_empty(batch * tiles, hidden), saved.mean.new_empty(hidden)
@@ -254,7 +255,7 @@ def _softmax_gradient(seg: Tensor, context: Context, saved: Statistics, gradient
         BLOCK_N=block_n,
         BLOCK_C=channel_block(channels),
         BLOCK_H=block_h,
-        num_warps=8 if block_n * block_h >= 8192 else 4,
+        num_warps=8 if block_n * block_h >= 4096 else 4,
     )
     _combine(partial, d_pool_weight, d_pool_weight, 1, batch * tiles)
     return d_context, d_pool_weight
@@ -272,24 +273,24 @@ def _gradient_of_tiles(
     """Gradients of seg and of the context's weight and bias; ``active``: its bits, or its gradient from a softmax."""
     (batch, channels), count, out = seg.shape[:2], seg[0, 0].numel(), torch.empty_like(seg)
     hidden = 0 if context is None else context.weight.shape[0]
-    fused = hidden <= WIDEST_FUSED_CONTEXT
-    block_h = power_of_two(hidden, 16, WIDEST_FUSED_CONTEXT if fused else 64)
+    softmax = context is not None and context.pool_weight is not None
+    fused = hidden <= WIDEST_FUSED_CONTEXT and not softmax
+    block_h = power_of_two(hidden, 16, 64)
     h_blocks = triton.cdiv(max(hidden, 1), block_h)
     block_c = channel_block(channels)
-    block_n = position_block(batch * triton.cdiv(channels, block_c), count, most=64)
-    tiles, c_blocks = triton.cdiv(count, block_n), triton.cdiv(channels, block_c)
+    c_blocks = triton.cdiv(channels, block_c)
     of_seg, of_grad, of_out = layout_of(seg), layout_of(grad), layout_of(out)
     weight, _, _ = _context(context, scale)
-    softmax = context is not None and context.pool_weight is not None
     empty = scale
     exact_terms = 3 if product_precision() == "tf32x3" else 2
     d_weight = scale.new_empty(hidden, channels)
     d_bias = scale.new_empty(hidden)
 
     def run(*, dense: bool, weights: bool, groups: int) -> None:
-        # A part's weight gradient is written and read again: it should gather from several times as many positions.
-        wanted = 4 * hidden if weights else 1
-        wanted = max(1, min(wanted, batch * count * c_blocks * groups // 264))
+        block_n = position_block(batch * c_blocks, count, most=64 if dense and not softmax else 32)
+        tiles = triton.cdiv(count, block_n)
+        # A part's weight gradient is written and read again: it should gather from many times h positions.
+        wanted = max(1, min(16 * hidden if weights else 1, batch * count * c_blocks * groups // 1056))
         tiles_per_part = min(tiles, triton.cdiv(wanted, block_n))
         samples_per_part = min(batch, max(1, wanted // count)) if tiles_per_part == tiles else 1
         parts = triton.cdiv(batch, samples_per_part) * triton.cdiv(tiles, tiles_per_part)
@@ -337,7 +338,8 @@ def _gradient_of_tiles(
             BLOCK_N=block_n,
             BLOCK_C=block_c,
             BLOCK_H=block_h,
-            num_warps=8 if block_h >= 128 else 4,
+            num_warps=8,
+            num_stages=int(__import__("os").environ.get("ST", "1")),
         )
         if weights:
             _combine(partial, d_weight, d_bias, 1, parts)

@@ -120,6 +120,7 @@ def statistics_gradient(  # type: ignore[no-untyped-def]
     in_c = c < channels
     column = c.to(tl.int64)[None, :]
     width = (hidden + 7) // 8
+    h = group * BLOCK_H + tl.arange(0, BLOCK_H)
     weights = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
     biases = tl.zeros((BLOCK_H,), tl.float32)
     for sample in range(first_sample, tl.minimum(first_sample + samples_per_part, batch)):
@@ -133,14 +134,6 @@ def statistics_gradient(  # type: ignore[no-untyped-def]
                 slope = (2 * tl.load(d_variance + vectors, in_c, 0.0) / count)[None, :]
             if EDGE_AXES > 0:
                 steepness = tl.load(d_edges + sample) / (1.0 * channels * count)
-        share = tl.full((BLOCK_H,), 1.0, tl.float32)
-        if H_LOOP == 1:
-            h = group * BLOCK_H + tl.arange(0, BLOCK_H)
-            if AVERAGE:
-                share = tl.load(d_pooled + sample * hidden + h, h < hidden, 0.0) / count
-            if AVERAGE or SOFTMAX:
-                in_w = (h < hidden)[:, None] & in_c[None, :]
-                kernel = tl.load(weight + h[:, None].to(tl.int64) * channels + c[None, :], in_w, 0.0) * share[:, None]
         gathered = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
         counted = tl.zeros((BLOCK_H,), tl.float32)
         for tile in range(first_tile, tl.minimum(first_tile + tiles_per_part, tiles)):
@@ -150,8 +143,8 @@ def statistics_gradient(  # type: ignore[no-untyped-def]
             here = seg + sample * seg_strides[0] + column * seg_strides[1]
             value = tl.load(here + offset_of(n, size, seg_strides, SEG_EVEN)[:, None], valid, 0.0)
             if DENSE:
-                at = sample * grad_strides[0] + offset_of(n, size, grad_strides, GRAD_EVEN)[:, None]
-                upstream = tl.load(grad + at + column * grad_strides[1], valid, 0.0).to(tl.float32)
+                grad_at = sample * grad_strides[0] + offset_of(n, size, grad_strides, GRAD_EVEN)[:, None]
+                upstream = tl.load(grad + grad_at + column * grad_strides[1], valid, 0.0).to(tl.float32)
                 result = upstream * factor + constant
                 if VARIANCE:
                     result += slope * (value.to(tl.float32) - centre)
@@ -166,18 +159,20 @@ def statistics_gradient(  # type: ignore[no-untyped-def]
                     rise = value.to(tl.float32) - tl.load(here + there, down, 0.0).to(tl.float32)
                     result += tl.where(down & (rise > 0), steepness, 0.0) - tl.where(down & (rise < 0), steepness, 0.0)
             if AVERAGE or SOFTMAX:
-                for step in range(H_LOOP):
-                    h_block = group * H_LOOP + step
-                    h = h_block * BLOCK_H + tl.arange(0, BLOCK_H)
-                    if H_LOOP > 1:
-                        in_w = (h < hidden)[:, None] & in_c[None, :]
-                        kernel = tl.load(weight + h[:, None].to(tl.int64) * channels + c[None, :], in_w, 0.0)
+                for turn in range(H_LOOP):
+                    h_block = group * H_LOOP + turn
+                    column_h = h_block * BLOCK_H + tl.arange(0, BLOCK_H)
+                    in_h = column_h < hidden
+                    if DENSE:
+                        kernel_at = weight + column_h[:, None].to(tl.int64) * channels + c[None, :]
+                        kernel = tl.load(kernel_at, in_h[:, None] & in_c[None, :], 0.0)
                         if AVERAGE:
-                            kernel *= (tl.load(d_pooled + sample * hidden + h, h < hidden, 0.0) / count)[:, None]
+                            share = tl.load(d_pooled + sample * hidden + column_h, in_h, 0.0) / count
+                            kernel *= share[:, None]
                     if AVERAGE:
                         byte = h_block * (BLOCK_H // 8) + tl.arange(0, BLOCK_H // 8)
-                        at = active + ((sample * count + n) * width)[:, None] + byte[None, :]
-                        packed = tl.load(at, inside[:, None] & (byte < width)[None, :], 0).to(tl.int32)
+                        byte_at = active + ((sample * count + n) * width)[:, None] + byte[None, :]
+                        packed = tl.load(byte_at, inside[:, None] & (byte < width)[None, :], 0).to(tl.int32)
                         bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
                         passed = tl.reshape(bits, (BLOCK_N, BLOCK_H)).to(tl.float32)
                         if DENSE:
@@ -185,8 +180,8 @@ def statistics_gradient(  # type: ignore[no-untyped-def]
                         if WEIGHTS:
                             gathered = add_exact_product(tl.trans(passed.to(tl.bfloat16)), value, gathered, SEG_TERMS)
                     else:
-                        at = active + ((sample * count + n) * hidden)[:, None] + h[None, :]
-                        passed = tl.load(at, inside[:, None] & (h < hidden)[None, :], 0.0)
+                        value_at = active + ((sample * count + n) * hidden)[:, None] + column_h[None, :]
+                        passed = tl.load(value_at, inside[:, None] & in_h[None, :], 0.0)
                         if DENSE:
                             result = tl.dot(passed, kernel, result, input_precision=PRECISION)
                         if WEIGHTS:
@@ -196,12 +191,16 @@ def statistics_gradient(  # type: ignore[no-untyped-def]
                     if WEIGHTS and c_block == 0:
                         counted += tl.sum(passed, 0)
             if DENSE:
-                at = sample * out_strides[0] + offset_of(n, size, out_strides, OUT_EVEN)[:, None]
-                tl.store(out + at + column * out_strides[1], result.to(out.dtype.element_ty), valid)
-        weights += gathered * share[:, None]
-        biases += counted * share
+                out_at = sample * out_strides[0] + offset_of(n, size, out_strides, OUT_EVEN)[:, None]
+                tl.store(out + out_at + column * out_strides[1], result.to(out.dtype.element_ty), valid)
+        if WEIGHTS:
+            if AVERAGE:
+                upstream_h = tl.load(d_pooled + sample * hidden + h, h < hidden, 0.0) / count
+                gathered *= upstream_h[:, None]
+                counted *= upstream_h
+            weights += gathered
+            biases += counted
     if WEIGHTS:
-        h = group * BLOCK_H + tl.arange(0, BLOCK_H)
         d_weights += part * hidden * (channels + 1)
         in_w = (h < hidden)[:, None] & in_c[None, :]
         tl.store(d_weights + h[:, None].to(tl.int64) * channels + c[None, :], weights, in_w)
