@@ -30,10 +30,14 @@ from btinet_kernels.interaction.triton_tiles import (
     product_precision,
 )
 
-# A softmax over the positions needs a tile's whole context in one program.
-WIDEST_SOFTMAX_CONTEXT = 1024
+# A softmax over the positions needs a tile's whole context in one program; the reference takes wider ones.
+WIDEST_SOFTMAX_CONTEXT = 512
 # The gradients of seg and of the context's weights share a read of seg where both fit the registers.
 WIDEST_FUSED_CONTEXT = 32
+# Eight for each multiprocessor of an H200: with fewer, programs take less work each, whatever that costs.
+ENOUGH_PROGRAMS = 1056
+# Without a limit the assembler spills a few bytes to let one more program reside.
+MOST_REGISTERS = 255
 
 
 def statistics(
@@ -95,8 +99,8 @@ def statistics(
         BLOCK_N=block_n,
         BLOCK_C=channel_block(channels),
         BLOCK_H=block_h,
-        num_warps=8 if block_n * block_h >= 4096 else 4,
-        num_stages=2,
+        num_warps=16 if block_h > 256 else 8 if block_n * block_h >= 4096 else 4,
+        maxnreg=MOST_REGISTERS,
         **flags,
     )
     launch(
@@ -142,7 +146,7 @@ def channel_dot(grad: Tensor, seg: Tensor) -> Tensor:
     count, block_n, block_c = seg[0, 0].numel(), 64, 32
     of_grad, of_seg = layout_of(grad), layout_of(seg)
     tiles, blocks = triton.cdiv(count, block_n), triton.cdiv(channels, block_c)
-    tiles_per_part = min(tiles, max(1, batch * tiles * blocks // 2048))
+    tiles_per_part = min(tiles, max(1, batch * tiles * blocks // ENOUGH_PROGRAMS))
     parts = triton.cdiv(tiles, tiles_per_part)
     partial = out if parts == 1 else out.new_empty(batch, parts, channels)
     launch(
@@ -255,7 +259,8 @@ def _softmax_gradient(seg: Tensor, context: Context, saved: Statistics, gradient
         BLOCK_N=block_n,
         BLOCK_C=channel_block(channels),
         BLOCK_H=block_h,
-        num_warps=8 if block_n * block_h >= 4096 else 4,
+        num_warps=16 if block_h > 256 else 8 if block_n * block_h >= 4096 else 4,
+        maxnreg=MOST_REGISTERS,
     )
     _combine(partial, d_pool_weight, d_pool_weight, 1, batch * tiles)
     return d_context, d_pool_weight
@@ -277,7 +282,7 @@ def _gradient_of_tiles(
     fused = hidden <= WIDEST_FUSED_CONTEXT and not softmax
     block_h = power_of_two(hidden, 16, 64)
     h_blocks = triton.cdiv(max(hidden, 1), block_h)
-    block_c = channel_block(channels)
+    block_c = 16 if fused and hidden else channel_block(channels)
     c_blocks = triton.cdiv(channels, block_c)
     of_seg, of_grad, of_out = layout_of(seg), layout_of(grad), layout_of(out)
     weight, _, _ = _context(context, scale)
@@ -290,7 +295,7 @@ def _gradient_of_tiles(
         block_n = position_block(batch * c_blocks, count, most=64 if dense and not softmax else 32)
         tiles = triton.cdiv(count, block_n)
         # A part's weight gradient is written and read again: it should gather from many times h positions.
-        wanted = max(1, min(16 * hidden if weights else 1, batch * count * c_blocks * groups // 1056))
+        wanted = max(1, min(16 * hidden if weights else 1, batch * count * c_blocks * groups // ENOUGH_PROGRAMS))
         tiles_per_part = min(tiles, triton.cdiv(wanted, block_n))
         samples_per_part = min(batch, max(1, wanted // count)) if tiles_per_part == tiles else 1
         parts = triton.cdiv(batch, samples_per_part) * triton.cdiv(tiles, tiles_per_part)
@@ -339,7 +344,8 @@ def _gradient_of_tiles(
             BLOCK_C=block_c,
             BLOCK_H=block_h,
             num_warps=8,
-            num_stages=int(__import__("os").environ.get("ST", "1")),
+            num_stages=1,
+            maxnreg=None if dense and hidden <= 192 else MOST_REGISTERS,
         )
         if weights:
             _combine(partial, d_weight, d_bias, 1, parts)
