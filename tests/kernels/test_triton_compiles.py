@@ -1,0 +1,146 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, spills nothing and fits the shared memory.
+
+The launches are those of the passes at the decoder's shapes, on tensors without data; only the last step is left out.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+SHAPES = [(384, 14), (192, 28), (96, 56), (48, 112)]
+KERNELS = {
+    "apply_to_tiles",
+    "channel_dot_of_parts",
+    "combine_sums",
+    "softmax_context_gradient",
+    "statistics_gradient",
+    "statistics_of_samples",
+    "statistics_of_tiles",
+}
+WORKER = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class NoDevice:
+    def get_current_target(self):
+        return GPUTarget("cuda", capability, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+
+capability, folder, *cases = int(sys.argv[1]), sys.argv[2], *sys.argv[3:]
+driver.set_active(NoDevice())
+launch, seen = JITFunction.run, {}
+
+def compile_only(self, *arguments, grid, warmup, **options):
+    kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+    if kernel.hash not in seen:
+        seen[kernel.hash] = path = f"{folder}/{len(seen)}.cubin"
+        open(path, "wb").write(kernel.asm["cubin"])
+        print(self.__name__, case, kernel.metadata.num_warps, kernel.metadata.shared, path)
+
+JITFunction.run = compile_only
+from btinet_kernels.interaction import triton as passes
+from btinet_kernels.interaction.reference import Context
+
+for case in cases:
+    channels, side, batch, dtype, layout, pool = case.split(",")
+    seg = torch.empty(int(batch), int(channels), int(side), int(side), dtype=getattr(torch, dtype), device="meta")
+    seg = seg.to(memory_format=getattr(torch, layout))
+    vector = lambda *shape: torch.empty(*shape, device="meta")
+    hidden = max(1, int(channels) // 2)
+    context = None
+    if pool != "none":
+        context = Context(vector(hidden, int(channels)), vector(hidden), vector(hidden) if pool == "softmax" else None)
+    stats = passes.statistics(seg, context, variance=pool == "softmax", edges=pool != "softmax", active=True)
+    passes.scale_channels(seg, stats.mean)
+    passes.interpolate(seg, seg, stats.mean[:, 0])
+    passes.channel_dot(seg, seg)
+    passes.statistics_backward(seg, seg, stats.mean, context, stats, stats)
+"""
+
+
+class Compiled(NamedTuple):
+    kernel: str
+    case: str
+    warps: int
+    registers: int
+    spilled: int  # bytes
+    shared: int  # bytes
+
+
+def compiled(capability: int, cases: list[tuple[object, ...]], folder: Path) -> Iterator[Compiled]:
+    arguments = [",".join(map(str, case)) for case in cases]
+    command = [sys.executable, "-c", WORKER, str(capability), str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 0, result.stderr[-5000:]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for line in result.stdout.splitlines():
+        kernel, case, warps, shared, path = line.split()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())  # type: ignore[union-attr]
+        yield Compiled(kernel, case, int(warps), registers, stack, int(shared))
+
+
+def check(capability: int, cases: list[tuple[object, ...]], folder: Path) -> None:
+    table = list(compiled(capability, cases, folder))
+    print(f"\nsm_{capability}: kernel, case, warps, registers per thread, bytes spilled, bytes of shared memory")
+    for row in table:
+        print(f"  {row.kernel:<26}{row.case:<40}{row.warps:>3}{row.registers:>5}{row.spilled:>5}{row.shared:>8}")
+    assert {row.kernel for row in table} == KERNELS
+    assert not [row for row in table if row.spilled]
+    assert max(row.shared for row in table) <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_a_few_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
+    cases: list[tuple[object, ...]] = [
+        (384, 14, 8, "float32", "channels_last", "gap"),
+        (48, 112, 8, "bfloat16", "contiguous_format", "gap"),
+        (96, 56, 8, "float32", "contiguous_format", "softmax"),
+        (1, 1, 1, "float32", "contiguous_format", "gap"),  # sizes of one are constants to the compiler
+    ]
+    check(capability, cases, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_all_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
+    layouts, dtypes = ["channels_last", "contiguous_format"], ["float32", "bfloat16"]
+    pools = ["none", "gap", "softmax"]
+    cases = [
+        (*shape, batch, *rest) for shape in SHAPES for batch in (8, 128) for rest in product(dtypes, layouts, pools)
+    ]
+    check(capability, [*cases, (192, 28, 8, "float16", "channels_last", "gap")], tmp_path)
+
+
+def test_a_spill_would_be_seen(tmp_path: Path) -> None:
+    """A program far too large for its registers is reported as spilling."""
+    code = """
+import torch
+from btinet_kernels.interaction import triton as passes
+passes.channel_block = lambda channels: 256
+"""
+    global_worker = WORKER.replace("for case in cases:", code + "\nfor case in cases:", 1)
+    command = [sys.executable, "-c", global_worker, "90", str(tmp_path), "384,14,128,float32,channels_last,none"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-5000:]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    stacks = []
+    for path in tmp_path.glob("*.cubin"):
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
+        stacks += [int(size) for size in re.findall(r"STACK:(\d+)", usage.stdout)]
+    assert max(stacks) > 0
