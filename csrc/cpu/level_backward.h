@@ -194,7 +194,7 @@ void level_backward(const LevelOptions& options, const LevelInputs<T>& in, const
                     const LevelWeights<T>& weight_gradient, int threads) {
   LevelForward<T> level(options, in, weights);
   LevelBackward<T> backward(level, upstream, gradient, weight_gradient);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(team_size(options, threads))
   {
     level.run();
     backward.run();

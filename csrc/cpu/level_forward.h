@@ -195,13 +195,21 @@ class LevelForward {
   }
 };
 
+// A few samples' vectors take less time than threads need to wait for one another.
+inline int team_size(const LevelOptions& o, int threads) {
+  const double weights = double(o.features) * (o.hidden + o.features + o.channels) + double(o.channels) * o.channels +
+                         double(o.projection) * (o.channels + o.features);
+  constexpr double kWorthSharing = 1e7;  // multiplications
+  return double(o.batch) * weights < kWorthSharing ? 1 : threads;
+}
+
 template <class T>
 void level_vectors(const LevelOptions& options, const LevelInputs<T>& in, const LevelWeights<const T>& weights,
                    const LevelResult<T>& out, int threads) {
   LevelForward<T> level(options, in, weights);
   const LevelOptions& o = options;
   const bool gated = o.signals != Signals::none;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(team_size(options, threads))
   {
     level.run();
 #pragma omp for schedule(static)
