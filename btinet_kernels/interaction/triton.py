@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from btinet_kernels.interaction import reference
-from btinet_kernels.interaction.passes_op import active_shape
+from btinet_kernels.interaction.passes_op import _statistics_backward_reference, active_shape
 from btinet_kernels.interaction.reference import Context, Statistics
 from btinet_kernels.interaction.triton_backward import softmax_context_gradient, statistics_gradient
 from btinet_kernels.interaction.triton_forward import (
@@ -361,8 +361,6 @@ def _gradient_of_tiles(
 def _wide_softmax_backward(
     seg: Tensor, grad: Tensor, scale: Tensor, context: Context, gradient: Statistics
 ) -> tuple[Tensor, list[Tensor]]:
-    from btinet_kernels.interaction.passes_op import _statistics_backward_reference
-
     saved = Statistics(*[scale.new_empty(0)] * 6)
     out, weights = _statistics_backward_reference(seg.float(), grad.float(), scale, context, saved, gradient)
     return out.to(seg.dtype), weights

@@ -138,7 +138,9 @@ def _interpolation_gradient(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         of_base = [-gradient.seg, none, edges, none] if proxies else [zero, none, none, none]
         of_enhanced = [gradient.seg, none, none, none] if proxies else [zero, gradient.seg, none, none]
         grad_base, *_ = statistics_backward(base, grad_seg, 1 - share, [], [base_mean, *[none] * 5], of_base)
-        grad_enhanced, *_ = statistics_backward(enhanced, grad_seg, share.clone(), [], [mean, *[none] * 5], of_enhanced)
+        grad_enhanced, *_ = statistics_backward(
+            enhanced, grad_seg, share.clone(), [], [mean, *[none] * 5], of_enhanced
+        )
         clf_share = gates[:, 1:]
         grad_clf_base = gradient.clf + grad_clf_out * (1 - clf_share)
         grad_clf_enhanced = gradient.clf_enhanced + grad_clf_out * clf_share
