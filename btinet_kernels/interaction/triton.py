@@ -32,7 +32,7 @@ from btinet_kernels.interaction.triton_tiles import (
 )
 
 # A softmax over the positions needs a tile's whole context in one program; the reference takes wider ones.
-WIDEST_SOFTMAX_CONTEXT = 512
+WIDEST_SOFTMAX_CONTEXT = 256
 # The gradients of seg and of the context's weights share a read of seg where both fit the registers.
 WIDEST_FUSED_CONTEXT = 32
 # Eight for each multiprocessor of an H200: with fewer, programs take less work each, whatever that costs.
@@ -93,7 +93,7 @@ def statistics(
         BLOCK_N=block_n,
         BLOCK_C=channel_block(channels),
         BLOCK_H=block_h,
-        num_warps=16 if block_h > 256 else 8 if block_n * block_h >= 4096 else 4,
+        num_warps=8 if block_n * block_h >= 4096 else 4,
         maxnreg=MOST_REGISTERS,
         **flags,
     )
@@ -253,7 +253,7 @@ def _softmax_gradient(seg: Tensor, context: Context, saved: Statistics, gradient
         BLOCK_N=block_n,
         BLOCK_C=channel_block(channels),
         BLOCK_H=block_h,
-        num_warps=16 if block_h > 256 else 8 if block_n * block_h >= 4096 else 4,
+        num_warps=8 if block_n * block_h >= 4096 else 4,
         maxnreg=MOST_REGISTERS,
     )
     _combine(partial, d_pool_weight, d_pool_weight, 1, batch * tiles)

@@ -213,6 +213,11 @@ class TestPasses:
             ours, exact = run_passes(seg, dense(shape, False), context_of(shape[1], pool), variance=True, edges=True)
             assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
+    def test_a_context_too_wide_for_a_softmax_is_served_by_the_reference(self) -> None:
+        seg = dense((1, 514, 1, 2), True, torch.bfloat16)
+        ours, exact = run_passes(seg, seg, context_of(514, "softmax"), variance=True, edges=False)
+        assert largest_error(ours, exact) < tolerance(torch.bfloat16, seg.numel())
+
     def test_lost_bits_are_recomputed(self) -> None:
         seg, context = dense((2, 6, 9, 5), True), context_of(6, "gap")
         stats = passes.statistics(seg, context, variance=False, edges=True, active=True)

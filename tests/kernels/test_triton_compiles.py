@@ -16,6 +16,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+REGISTERS = 65536  # of a multiprocessor: a program that needs more does not start
 SHAPES = [(384, 14), (192, 28), (96, 56), (48, 112)]
 KERNELS = {
     "apply_to_tiles",
@@ -103,6 +104,7 @@ def check(capability: int, cases: list[tuple[object, ...]], folder: Path) -> Non
     assert {row.kernel for row in table} == KERNELS
     assert not [row for row in table if row.spilled]
     assert max(row.shared for row in table) <= SHARED_MEMORY[capability]
+    assert max(32 * row.warps * row.registers for row in table) <= REGISTERS
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -111,6 +113,7 @@ def test_a_few_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
         (384, 14, 8, "float32", "channels_last", "gap"),
         (48, 112, 8, "bfloat16", "contiguous_format", "gap"),
         (96, 56, 8, "float32", "contiguous_format", "softmax"),
+        (1792, 7, 8, "float32", "channels_last", "gap"),
         (1, 1, 1, "float32", "contiguous_format", "gap"),  # sizes of one are constants to the compiler
     ]
     check(capability, cases, tmp_path)
