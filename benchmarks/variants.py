@@ -22,7 +22,9 @@ from btinet_kernels.nn import TaskInteractionLevel
 FAST = {"cpu": ("native",), "cuda": ("triton", "cuda")}
 GRAPH = " graph"  # ends the names of variants that replay a CUDA graph
 MAX_SETS = 16  # of inputs that a sweep on a GPU visits
-BASELINE_SLACK = 16  # baselines round every intermediate, and their convolution sums its bias gradient term by term
+# Of the baselines, relative: they round every intermediate, and in bfloat16 a convolution's bias gradient cancels so
+# that it is off by a quarter. That the formula is the same is tested in float64; this catches a broken compiler only.
+BASELINE_TOLERANCE = 0.5
 
 Call = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -233,7 +235,7 @@ def compare(
         expected = exact[name]
         error = (result.detach().double().reshape(expected.shape) - expected).abs().max()
         relative = float(error / expected.abs().max())
-        allowed = tolerance(workload, device) * (BASELINE_SLACK if variant.backend is None else 1)
+        allowed = BASELINE_TOLERANCE if variant.backend is None else tolerance(workload, device)
         if not relative <= allowed:  # also for NaN
             raise GateError(
                 f"{workload.name}: {variant.name} is off by {relative:.1e} in {name} ({allowed:.1e} allowed)"
