@@ -22,9 +22,10 @@ from btinet_kernels.nn import TaskInteractionLevel
 FAST = {"cpu": ("native",), "cuda": ("triton", "cuda")}
 GRAPH = " graph"  # ends the names of variants that replay a CUDA graph
 MAX_SETS = 16  # of inputs that a sweep on a GPU visits
-# Of the baselines, relative: they round every intermediate, and in bfloat16 a convolution's bias gradient cancels so
-# that it is off by a quarter. That the formula is the same is tested in float64; this catches a broken compiler only.
-BASELINE_TOLERANCE = 0.5
+# Baselines round every intermediate. Their gradients of parameters cancel, so that in bfloat16 some are off by half;
+# these are not held against them: that they compute the same formula is tested in float64.
+BASELINE_SLACK = 16
+BASELINE_RESULTS = ("seg", "clf", "d seg", "d clf")
 
 Call = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -231,11 +232,14 @@ def compare(
 ) -> None:
     """Raise ``GateError`` where a result is further from float64 than rounding explains."""
     __tracebackhide__ = True
+    baseline = variant.backend is None
     for name, result in results.items():
+        if baseline and name not in BASELINE_RESULTS:
+            continue
         expected = exact[name]
         error = (result.detach().double().reshape(expected.shape) - expected).abs().max()
         relative = float(error / expected.abs().max())
-        allowed = BASELINE_TOLERANCE if variant.backend is None else tolerance(workload, device)
+        allowed = tolerance(workload, device) * (BASELINE_SLACK if baseline else 1)
         if not relative <= allowed:  # also for NaN
             raise GateError(
                 f"{workload.name}: {variant.name} is off by {relative:.1e} in {name} ({allowed:.1e} allowed)"

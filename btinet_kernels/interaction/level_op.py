@@ -81,6 +81,7 @@ def level_forward(
         return out, new_clf.to(clf.dtype), *rest, scale, *stats
 
 
+_PROXIES = {"none": 0, "proxies": 3, "variance": 2}  # how many there are
 _WEIGHTS = schema_of(InteractionWeights, GateWeights)
 _OPTIONS = "str signals, float strength, bool training, float eps"
 _STATISTICS = ", ".join(f"Tensor {name}" for name in Statistics._fields)
@@ -114,7 +115,7 @@ def _(seg, clf, *weights_and_options):  # type: ignore[no-untyped-def]
     weights, _ = unpack(packed)
     batch, channels = seg.shape[:2]
     vectors = seg.new_empty(0, dtype=accumulation_dtype(seg))
-    proxies = {"none": 0, "proxies": 3, "variance": 2}[options.signals]
+    proxies = _PROXIES[options.signals]
     norm = vectors.new_empty(clf.shape[1] if options.training else 0)
     hidden, softmax = weights.context_weight.shape[0], weights.pool_weight is not None
     return (
@@ -139,6 +140,7 @@ def _level_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     packed, ctx.options = _weights_and_options(weights_and_options)
     ctx.save_for_backward(seg, clf, *output[6:], *packed)
     ctx.mark_non_differentiable(*output[4:])
+    ctx.set_materialize_grads(False)  # there would be zeros for all thirteen outputs
 
 
 @custom_op(
@@ -208,9 +210,18 @@ def _(d_seg, d_clf, d_gates, d_proxies, *rest):  # type: ignore[no-untyped-def]
 level_gradient.register_autograd(no_double_backward)
 
 
+def _upstream(given: Sequence[Tensor | None], saved: Sequence[Tensor], options: LevelOptions) -> list[Tensor]:
+    """The gradients that arrive, and zeros for results that nothing depends on."""
+    seg, clf, scale = saved[:3]
+    batch, proxies = seg.shape[0], _PROXIES[options.signals]
+    shapes = (seg.shape, clf.shape, (batch, 2) if proxies else (0,), (batch, proxies) if proxies else (0,))
+    likes = (seg, clf, scale, scale)
+    return [like.new_zeros(shape) if d is None else d for d, like, shape in zip(given, likes, shapes, strict=True)]
+
+
 def _level_backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
     saved, options = ctx.saved_tensors, ctx.options
-    d_seg, d_clf, *d_weights = level_gradient(*upstream[:4], *saved, *options)
+    d_seg, d_clf, *d_weights = level_gradient(*_upstream(upstream[:4], saved, options), *saved, *options)
     packed = saved[3 + len(Statistics._fields) :]
     of_packed: list[Tensor | None] = [None] * len(packed)
     for n, gradient in zip(_learned(packed), d_weights, strict=True):
