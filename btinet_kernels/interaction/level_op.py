@@ -213,10 +213,14 @@ level_gradient.register_autograd(no_double_backward)
 def _upstream(given: Sequence[Tensor | None], saved: Sequence[Tensor], options: LevelOptions) -> list[Tensor]:
     """The gradients that arrive, and zeros for results that nothing depends on."""
     seg, clf, scale = saved[:3]
+    d_seg, d_clf, d_gates, d_proxies = given
     batch, proxies = seg.shape[0], _PROXIES[options.signals]
-    shapes = (seg.shape, clf.shape, (batch, 2) if proxies else (0,), (batch, proxies) if proxies else (0,))
-    likes = (seg, clf, scale, scale)
-    return [like.new_zeros(shape) if d is None else d for d, like, shape in zip(given, likes, shapes, strict=True)]
+    return [
+        torch.zeros_like(seg) if d_seg is None else d_seg,
+        torch.zeros_like(clf) if d_clf is None else d_clf,
+        scale.new_zeros((batch, 2) if proxies else 0) if d_gates is None else d_gates,
+        scale.new_zeros((batch, proxies) if proxies else 0) if d_proxies is None else d_proxies,
+    ]
 
 
 def _level_backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:

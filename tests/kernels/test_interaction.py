@@ -141,6 +141,20 @@ def test_upa_of_unrelated_tensors(backend: str, signals: str) -> None:
         assert gradcheck(function, (*inputs, *gate.parameters()), fast_mode=True)
 
 
+@pytest.mark.parametrize("signals", SIGNALS)
+@pytest.mark.parametrize("result", ["seg", "clf", "gates", "proxies"])
+def test_a_loss_of_one_result_alone(result: str, signals: str) -> None:
+    module = level(6, signals=signals).train()
+    seg, clf = dense((3, 6, 9, 10), True).requires_grad_(), torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for backend in BACKENDS:
+        with use_backend(backend):
+            loss = getattr(module(seg, clf), result).square().sum()
+            gradients.append(torch.autograd.grad(loss, [seg, clf, module.tim.context.weight]))
+    assert gradients[1][0].stride() == seg.stride()
+    assert largest_error(gradients[1], gradients[0]) < 1e-12
+
+
 def test_softmax_pooling_with_zero_logits_is_average_pooling() -> None:
     module = level(6, "softmax")
     torch.nn.init.zeros_(module.tim.pool_weight)
