@@ -81,6 +81,20 @@ def test_native_equals_reference(shape: tuple[int, ...], training: bool, channel
         assert ours[4].stride() == seg.stride()
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("short", ["seg_projection", "clf_projection"])
+def test_projections_too_short_to_be_normalised(short: str, training: bool) -> None:
+    module = level(6).train(training)
+    projection = getattr(module.upa, short).weight
+    projection.data *= 1e-8  # squared norms far below the 1e-12 at which they are clipped
+    seg, clf = dense((3, 6, 9, 10), True), torch.randn(3, 7, dtype=torch.float64)
+    with use_backend("reference"):
+        exact = run(module, seg, clf)
+    with use_backend("native"):
+        ours = run(module, seg, clf)
+    assert largest_error(ours, exact) < 1e-12
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("pool", "signals"), list(itertools.product(POOLS, SIGNALS)))
 def test_float32_is_as_exact_as_float32_can_be(pool: str, signals: str, channels_last: bool) -> None:

@@ -108,6 +108,17 @@ def test_every_pass_against_float64(shape: tuple[int, ...], softmax: bool, layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_active_positions_than_a_byte_counts(layout: str) -> None:
+    seg = dense((1, 5, 150, 120), layout, torch.float64)  # 562 positions in each of the 32 ranges
+    of = context(5, False, torch.float64)
+    of = of._replace(bias=of.bias + 100)  # all of them active
+    stats = native.statistics(seg, of, variance=False, edges=False, active=True)
+    upstream = gradient_of(stats)
+    _, (_, d_bias, *_) = native.statistics_backward(seg, seg, torch.ones(1, 5).double(), of, stats, upstream)
+    torch.testing.assert_close(d_bias, upstream.pooled[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_variance_of_values_far_from_zero(layout: str) -> None:
     seg = dense((2, 20, 13, 17), layout, torch.float32) * 1e-2 + 1e3
     ours = native.statistics(seg, None, variance=True, edges=False).variance
