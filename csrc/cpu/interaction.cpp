@@ -1,9 +1,8 @@
 // Chooses the instruction set at run time.
 #include "interaction.h"
-#include "level.h"
 
-#include <cstdlib>
-#include <cstring>
+#include "../common/instruction_set.h"
+#include "level.h"
 
 namespace btinet {
 
@@ -19,43 +18,6 @@ namespace portable {
 BTINET_DECLARE_INTERACTION_PASSES
 BTINET_DECLARE_LEVEL
 }  // namespace portable
-
-namespace {
-
-const char* best_instruction_set() {
-#if defined(__x86_64__)
-  // BTINET_INSTRUCTION_SET=avx2 or =portable asks for less than the machine has, to test or to compare.
-  const char* wanted = std::getenv("BTINET_INSTRUCTION_SET");
-  const bool portable = wanted && std::strcmp(wanted, "portable") == 0;
-  const bool at_most_avx2 = wanted && std::strcmp(wanted, "avx2") == 0;
-  if (!portable && !at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    return "avx512";
-  if (!portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "portable";
-}
-
-}  // namespace
-
-const char* instruction_set() {
-  static const char* const name = best_instruction_set();
-  return name;
-}
-
-#if defined(__x86_64__)
-#define BTINET_DISPATCH(call)                             \
-  do {                                                    \
-    if (std::strcmp(instruction_set(), "avx512") == 0)    \
-      avx512::call;                                       \
-    else if (std::strcmp(instruction_set(), "avx2") == 0) \
-      avx2::call;                                         \
-    else                                                  \
-      portable::call;                                     \
-  } while (0)
-#else
-#define BTINET_DISPATCH(call) portable::call
-#endif
 
 template <class S>
 void statistics(const View<const S>& seg, const Context<Compute<S>>& context, const Statistics<Compute<S>>& out,

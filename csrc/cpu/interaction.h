@@ -79,7 +79,4 @@ BTINET_DECLARE_INTERACTION_PASSES
                                        const StatisticsGradient<Compute<S>>&, const View<S>&,                        \
                                        const ContextGradient<Compute<S>>&, int);
 
-// The instruction set that serves this machine: "avx512", "avx2" or "portable".
-const char* instruction_set();
-
 }  // namespace btinet

@@ -1,6 +1,4 @@
-// The passes, compiled once per instruction set: the including file sets the compiler target, BTINET_ISA (the
-// namespace), BTINET_VECTOR_BYTES and the register block BTINET_ROWS x BTINET_VECTORS of the matrix product.
-// Every standard header comes before that target is set (interaction_prelude.h).
+// The passes, compiled once per instruction set (common/isa_*.h).
 #pragma once
 
 #include "../common/simd.h"
