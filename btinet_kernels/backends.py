@@ -17,8 +17,13 @@ from typing import Any
 import torch  # before the extensions, which then share its OpenMP thread pool
 from torch import Tensor
 
-OPERATORS = ("fused_tim", "fused_upa", "fused_task_interaction")
 BACKENDS = ("native", "triton", "cuda", "reference")
+# Every public operator and the backends that have kernels for it; the reference has them all.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "fused_tim": ("native", "triton", "cuda"),
+    "fused_upa": ("native", "triton", "cuda"),
+    "fused_task_interaction": ("native", "triton", "cuda"),
+}
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 
 # Read once: constants of the process, which a compiler can rely on.
@@ -64,22 +69,29 @@ def backends(*, verbose: bool = True) -> dict[str, dict[str, str]]:
     ``verbose`` is False.
     """
     request = requested_backend()
-    lines = {backend: _describe(backend) for backend in BACKENDS}
-    if request != "auto":
-        lines |= {other: f"not used: {request!r} was asked for" for other in BACKENDS if other != request}
-    report = {operator: dict(lines) for operator in OPERATORS}
+    report = {
+        operator: {
+            backend: _describe(backend, operator)
+            if _request_for(operator) in ("auto", backend)
+            else f"not used: {request!r} was asked for"
+            for backend in BACKENDS
+        }
+        for operator in OPERATORS
+    }
     if verbose:
         print(f"btinet_kernels backends (torch {torch.__version__}, asked for: {request})")
-        for operator in OPERATORS:
+        for operator, lines in report.items():
             print(f"  {operator}")
             for backend, line in lines.items():
                 print(f"    {backend:<10} {line}")
     return report
 
 
-def _describe(backend: str) -> str:
+def _describe(backend: str, operator: str) -> str:
     if backend == "reference":
         return "serves every device and dtype that no other backend takes"
+    if backend not in OPERATORS[operator]:
+        return f"it has no kernels for {operator}."
     if backend in _missing:
         return _missing[backend]
     device, dtypes = _SERVES[backend]
@@ -104,7 +116,8 @@ def instruction_set() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every operator by ``name`` (``auto`` or one of ``BACKENDS``) inside the block, in the whole process.
 
-    ``reference`` runs plain ATen operations: what export, ONNX, double backward and debugging need.
+    Operators that the backend has no kernels for are served as by ``auto``. ``reference`` runs plain ATen operations:
+    what export, ONNX, double backward and debugging need.
 
     Raises:
         BackendError: there is no such backend, or it is not available here.
@@ -128,14 +141,20 @@ def requested_backend() -> str:
     return _environment_request
 
 
+def _request_for(operator: str) -> str:
+    """What was asked for, as far as it concerns this operator."""
+    request = requested_backend()
+    return request if request in ("auto", "reference", *OPERATORS[operator]) else "auto"
+
+
 def choose(operator: str, *dense: Tensor) -> str:
     """The backend that serves ``operator`` on these dense tensors.
 
     Raises:
         BackendError: the backend asked for by name cannot serve them.
     """
-    chosen, reason = serving(*dense)
-    request = requested_backend()
+    chosen, reason = serving(*dense, operator=operator)
+    request = _request_for(operator)
     if reason is not None and request != "auto":
         raise BackendError(f"{operator}: the {request} backend was asked for, but {reason}")
     if not torch.compiler.is_compiling() and (operator, chosen) not in _announced:
@@ -144,18 +163,20 @@ def choose(operator: str, *dense: Tensor) -> str:
     return chosen
 
 
-def serving(*dense: Tensor) -> tuple[str, str | None]:
+def serving(*dense: Tensor, operator: str = "fused_task_interaction") -> tuple[str, str | None]:
     """The backend for these dense tensors, and, where that is the reference for want of a better one, the reason."""
-    request = requested_backend()
+    request = _request_for(operator)
     if request == "reference":
         return "reference", None
     backend = _AUTOMATIC.get(dense[0].device.type, "native") if request == "auto" else request
-    reason = unsuitable(backend, *dense)
+    reason = unsuitable(backend, *dense, operator=operator)
     return ("reference", reason) if reason else (backend, None)
 
 
-def unsuitable(backend: str, *dense: Tensor) -> str | None:
+def unsuitable(backend: str, *dense: Tensor, operator: str = "fused_task_interaction") -> str | None:
     """Why ``backend`` cannot take these tensors here, or None."""
+    if backend not in OPERATORS[operator]:
+        return f"it has no kernels for {operator}."
     if backend in _missing:
         return _missing[backend]
     device, dtypes = _SERVES[backend]
