@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from btinet_kernels.interaction.op import InteractionResult, fused_task_interaction, fused_tim, fused_upa
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
+from btinet_kernels.multi_scale.op import fused_multi_scale
+from btinet_kernels.multi_scale.reference import ScaleWeights
 
 NORM_EPSILON = 1e-3  # Keras's BatchNormalization defaults; its momentum 0.99 is PyTorch's 0.01
 NORM_MOMENTUM = 0.01
@@ -222,11 +224,25 @@ class MultiScaleContextFusion(nn.Module):
         self.fusion = _CONVOLUTIONS[spatial_dims](channels, channels, 1)
         initialise(self)
 
+    def weights(self) -> ScaleWeights:
+        """The parameters as ``fused_multi_scale`` takes them."""
+        hidden, _, share, _ = self.scale_attention
+        scales: list[SeparableConv] = list(self.scales)  # type: ignore[arg-type]
+        return ScaleWeights(
+            *(scale.depthwise.weight for scale in scales),
+            *(scale.pointwise.weight for scale in scales),
+            *(scale.pointwise.bias for scale in scales),
+            hidden.weight,
+            hidden.bias,
+            share.weight,
+            share.bias,
+            self.fusion.weight,
+            self.fusion.bias,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        """Fuse the scales of ``x``."""
-        weights = self.scale_attention(x.flatten(2).mean(2))
-        weighted = [scale(x) * _over_space(weights[:, i : i + 1], x) for i, scale in enumerate(self.scales)]
-        return self.fusion(weighted[0] + weighted[1] + weighted[2])
+        """``fused_multi_scale`` of ``x``."""
+        return fused_multi_scale(x, self.weights())
 
 
 class DualPathAttention(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from btinet_kernels.backends import native_module
+from btinet_kernels.interaction.passes_op import accumulation_dtype
 from btinet_kernels.interaction.pointers import sizes_and_strides
 
 
@@ -31,20 +32,25 @@ def multi_scale(x: Tensor, merged: Merged) -> Tensor:
 def multi_scale_backward(x: Tensor, grad: Tensor, merged: Merged) -> tuple[Tensor, Merged]:
     """Gradients of ``x`` and of ``merged``."""
     out = torch.empty_like(x)
-    gradient = Merged([torch.empty_like(t) for t in merged.taps], *(torch.empty_like(t) for t in merged[1:]))
+    gradient = Merged(
+        [torch.empty_like(t) for t in merged.taps],
+        torch.empty_like(merged.share),
+        torch.empty_like(merged.weight),
+        merged.share.new_empty(len(merged.share), len(merged.weight)),
+    )
     addresses = _addresses(gradient)
     _call("multi_scale_backward", x, _dense(x), _dense(grad), *_weights(x, merged), _dense(out), addresses)
     return out, gradient
 
 
 def _weights(x: Tensor, merged: Merged) -> tuple[int, int, list[int]]:
+    dtype = accumulation_dtype(x)
+    assert all(t.is_contiguous() and t.dtype == dtype for t in (*merged.taps, *merged[1:]))
     return x.ndim - 2, merged.weight.shape[0], _addresses(merged)
 
 
 def _addresses(merged: Merged) -> list[int]:
-    tensors = [*merged.taps, *merged[1:]]
-    assert all(t.is_contiguous() for t in tensors)
-    return [t.data_ptr() for t in tensors]
+    return [t.data_ptr() for t in (*merged.taps, *merged[1:])]
 
 
 def _dense(tensor: Tensor) -> Any:
