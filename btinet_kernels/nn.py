@@ -227,17 +227,12 @@ class MultiScaleContextFusion(nn.Module):
     def weights(self) -> ScaleWeights:
         """The parameters as ``fused_multi_scale`` takes them."""
         hidden, _, share, _ = self.scale_attention
-        scales: list[SeparableConv] = list(self.scales)  # type: ignore[arg-type]
+        depthwise = [scale.depthwise.weight for scale in self.scales]
+        pointwise = [scale.pointwise for scale in self.scales]
+        attention = [hidden.weight, hidden.bias, share.weight, share.bias]
+        fusion = [self.fusion.weight, self.fusion.bias]
         return ScaleWeights(
-            *(scale.depthwise.weight for scale in scales),
-            *(scale.pointwise.weight for scale in scales),
-            *(scale.pointwise.bias for scale in scales),
-            hidden.weight,
-            hidden.bias,
-            share.weight,
-            share.bias,
-            self.fusion.weight,
-            self.fusion.bias,
+            *depthwise, *(p.weight for p in pointwise), *(p.bias for p in pointwise), *attention, *fusion
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from btinet_kernels.backends import choose, requested_backend
+from btinet_kernels.backends import choose
 from btinet_kernels.interaction import native as interaction_passes
 from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, no_double_backward, schema_of
 from btinet_kernels.interaction.reference import over_space
 from btinet_kernels.multi_scale import native, reference
-from btinet_kernels.multi_scale.native import Merged
+from btinet_kernels.multi_scale.native import Kernels
 from btinet_kernels.multi_scale.reference import DILATIONS, ScaleWeights, shares
 
 _WEIGHTS = schema_of(ScaleWeights).replace("?", "")
@@ -41,17 +41,10 @@ def fused_multi_scale(x: Tensor, weights: ScaleWeights) -> Tensor:
     Source: arXiv 2603.01295, equations (9), (10).
     """
     _check(x, weights)
-    served = choose("fused_multi_scale", x) != "reference"
-    if not served or (requested_backend() == "auto" and not _worth_merging(x)):
+    if choose("fused_multi_scale", x) == "reference":
         return reference.multi_scale(x, weights)
-    if torch.compiler.is_compiling():
-        return multi_scale(x, *weights)[0]
-    return _MultiScale.apply(x, *weights)[0]
-
-
-def _worth_merging(x: Tensor) -> bool:
-    """Merging the 1×1 convolutions costs 3 C³ multiplications a call and saves C² at every position."""
-    return x.numel() >= _SCALES * x.shape[1] ** 2
+    run = multi_scale if torch.compiler.is_compiling() else _MultiScale.apply
+    return run(x, *weights)[0]
 
 
 def _check(x: Tensor, weights: ScaleWeights) -> None:
@@ -70,18 +63,27 @@ def _check(x: Tensor, weights: ScaleWeights) -> None:
             raise ValueError(f"{name} is {list(weight.shape)}, but x {list(x.shape)} needs {list(wanted)}.")
 
 
+def merges(x: Tensor) -> bool:
+    """Whether fusion and pointwise weights are multiplied first: it costs 3 C³ and saves C² at every position."""
+    return x.numel() >= _SCALES * x.shape[1] ** 2
+
+
 @custom_op(
     "btinet_kernels::multi_scale",
     mutates_args=(),
-    schema=f"(Tensor x, {_WEIGHTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor x, {_WEIGHTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def multi_scale(x: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
-    """The fused tensor; for the backward: mean of x [B, C], shares [B, 3], merged weight [C, 3, C]."""
+    """The fused tensor; for the backward: mean of x ``[B, C]``, shares ``[B, 3]``, and either the merged weight
+    ``[C, 3, C]`` or the sum of the scales, of the shape of x."""
     weights = _weights_of(x, packed)
     mean = interaction_passes.statistics(x, None, variance=False, edges=False).mean
     with torch.autocast(x.device.type, enabled=False):
-        merged = _merge(shares(mean, weights), weights)
-    return native.multi_scale(x, merged), mean, merged.share, merged.weight
+        share = shares(mean, weights)
+        merged = _merge(weights) if merges(x) else share.new_empty(0)
+        kernels = _kernels(weights, share, merged)
+    out, between = native.multi_scale(x, kernels, keep_between=True)
+    return out, mean, share, merged, between
 
 
 @multi_scale.register_fake
@@ -92,56 +94,64 @@ def _(x, *packed):  # type: ignore[no-untyped-def]
         torch.empty_like(x),
         vectors.new_empty(batch, channels),
         vectors.new_empty(batch, _SCALES),
-        vectors.new_empty(channels, _SCALES, channels),
+        vectors.new_empty((channels, _SCALES, channels) if merges(x) else 0),
+        x.new_empty(0) if merges(x) else torch.empty_like(x),
     )
 
 
 @custom_op(
     "btinet_kernels::multi_scale_backward",
     mutates_args=(),
-    schema=f"(Tensor d_out, Tensor x, Tensor mean, Tensor share, Tensor merged, {_WEIGHTS}) -> Tensor[]",
+    schema=(
+        f"(Tensor d_out, Tensor x, Tensor mean, Tensor share, Tensor merged, Tensor between, {_WEIGHTS}) -> Tensor[]"
+    ),
 )
 def multi_scale_gradient(
-    d_out: Tensor, x: Tensor, mean: Tensor, share: Tensor, merged: Tensor, *packed: Tensor
+    d_out: Tensor, x: Tensor, mean: Tensor, share: Tensor, merged: Tensor, between: Tensor, *packed: Tensor
 ) -> list[Tensor]:
     """Gradients of x and of every weight."""
     weights = _weights_of(x, packed)
-    # The kernel reads no bias in its backward.
-    d_x, d = native.multi_scale_backward(x, d_out, Merged(weights[:3], share, merged, share.new_empty(0)))
     with torch.autocast(x.device.type, enabled=False):
+        d_x, d = native.multi_scale_backward(x, d_out, between, _kernels(weights, share, merged))
         d_mean, gradients = _vectors_backward(mean, share, weights, d)
     d_x += over_space(d_mean / max(1, math.prod(x.shape[2:])), x)
     return [d_x, *(g.reshape(w.shape).to(w.dtype) for g, w in zip(gradients, packed, strict=True))]
 
 
-def _vectors_backward(mean: Tensor, share: Tensor, weights: ScaleWeights, d: Merged) -> tuple[Tensor, list[Tensor]]:
+def _vectors_backward(mean: Tensor, share: Tensor, weights: ScaleWeights, d: Kernels) -> tuple[Tensor, list[Tensor]]:
     """Gradients of the means and of every weight; ``d``: of what the kernels read. A name d_x is the gradient of x."""
     fusion, pointwise, biases = _matrices(weights)
-    d_merged_bias = d.bias.t() @ share  # [C, 3], of fusion @ bias of each scale
-    d_share = d.share + d.bias @ (fusion @ biases.t())
+    d_summed_bias = share.t() @ d.bias  # [3, M], of the bias of each scale as the kernels add it up
+    if d.fusion is None or d.fusion_bias is None:  # the kernels read fusion @ pointwise and fusion @ bias
+        scale_biases = biases @ fusion.t()
+        d_biases = d_summed_bias @ fusion
+        d_fusion, d_fusion_bias = d_summed_bias.t() @ biases, d.bias.sum(0)
+        d_pointwise = []
+        for of_merged, weight in zip(d.pointwise, pointwise, strict=True):
+            d_fusion = torch.addmm(d_fusion, of_merged, weight.t())
+            d_pointwise.append(fusion.t() @ of_merged)
+    else:
+        scale_biases, d_biases, d_pointwise = biases, d_summed_bias, list(d.pointwise)
+        d_fusion, d_fusion_bias = d.fusion, d.fusion_bias
+    d_share = d.share + d.bias @ scale_biases.t()
     d_logits = share * (d_share - (share * d_share).sum(1, keepdim=True))
     hidden = F.linear(mean, weights.hidden_weight, weights.hidden_bias)
     d_hidden = (d_logits @ weights.share_weight) * (hidden > 0)
-    d_fusion = d_merged_bias @ biases
-    d_pointwise = []
-    for i in range(_SCALES):
-        d_fusion = d_fusion + d.weight[:, i] @ pointwise[i].t()
-        d_pointwise.append(fusion.t() @ d.weight[:, i])
     return d_hidden @ weights.hidden_weight, [
         *d.taps,
         *d_pointwise,
-        *(each.clone() for each in d_merged_bias.t() @ fusion),  # outputs of an operator share no memory
+        *(each.clone() for each in d_biases),  # outputs of an operator share no memory
         d_hidden.t() @ mean,
         d_hidden.sum(0),
         d_logits.t() @ F.relu(hidden),
         d_logits.sum(0),
         d_fusion,
-        d.bias.sum(0),
+        d_fusion_bias,
     ]
 
 
 @multi_scale_gradient.register_fake
-def _(d_out, x, mean, share, merged, *packed):  # type: ignore[no-untyped-def]
+def _(d_out, x, mean, share, merged, between, *packed):  # type: ignore[no-untyped-def]
     return [torch.empty_like(x), *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in packed)]
 
 
@@ -185,9 +195,19 @@ def _matrices(weights: ScaleWeights) -> tuple[Tensor, list[Tensor], Tensor]:
     return weights.fusion_weight.flatten(1), [w.flatten(1) for w in weights[3:6]], torch.stack(weights[6:9])
 
 
-def _merge(share: Tensor, weights: ScaleWeights) -> Merged:
-    fusion, pointwise, biases = _matrices(weights)
+def _merge(weights: ScaleWeights) -> Tensor:
+    fusion, pointwise, _ = _matrices(weights)
     merged = fusion.new_empty(len(fusion), _SCALES, len(fusion))
     for i, weight in enumerate(pointwise):
         torch.matmul(fusion, weight, out=merged[:, i])
-    return Merged(weights[:3], share, merged, weights.fusion_bias + share @ biases @ fusion.t())
+    return merged
+
+
+def _kernels(weights: ScaleWeights, share: Tensor, merged: Tensor) -> Kernels:
+    """What the kernels read, with the merged weight or, where that is empty, both of its factors."""
+    fusion, pointwise, biases = _matrices(weights)
+    bias = share @ biases
+    if merged.numel():
+        bias = torch.addmm(weights.fusion_bias, bias, fusion.t())
+        return Kernels(weights[:3], merged.unbind(1), share, bias, None, None)
+    return Kernels(weights[:3], pointwise, share, bias, fusion, weights.fusion_bias)

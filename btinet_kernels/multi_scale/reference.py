@@ -48,10 +48,9 @@ def multi_scale(x: Tensor, weights: ScaleWeights) -> Tensor:
     """Fuse the scales of ``x``, ``[B, C, *spatial]``."""
     convolution, channels = _CONVOLUTIONS[x.ndim], x.shape[1]
     share = shares(x.flatten(2).mean(2), weights)
-    total = None
+    weighted = []
     for i, dilation in enumerate(DILATIONS):
         filtered = convolution(x, weights[i], padding=dilation, dilation=dilation, groups=channels)
         scale = convolution(filtered, weights[3 + i], weights[6 + i])
-        weighted = scale * share[:, i].reshape(-1, *[1] * (x.ndim - 1))
-        total = weighted if total is None else total + weighted
-    return convolution(total, weights.fusion_weight, weights.fusion_bias)
+        weighted.append(scale * share[:, i].reshape(-1, *[1] * (x.ndim - 1)))
+    return convolution(weighted[0] + weighted[1] + weighted[2], weights.fusion_weight, weights.fusion_bias)

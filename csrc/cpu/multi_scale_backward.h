@@ -19,117 +19,63 @@ struct StoreByVector {
   }
 };
 
-// out += product: the sums over a piece of the inner dimension are added up before they meet the total.
-template <class T>
-struct AddTo {
-  using vector = Vector<T>;
-  T* out;
-  int64_t stride;
-
-  vector start(int64_t, int64_t) const { return vector{}; }
-  template <int R>
-  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
-    for (int r = 0; r < R; ++r) {
-      T* to = out + (row + r) * stride + column;
-      store(to, load(to) + sum[r]);
-    }
-  }
-};
-
-// The batch is worked off in bands that fit the outer cache: some whole samples, or some of the slabs of one. A slab is
-// what lies side by side along the first axis of more than one position.
-struct Band {
-  int64_t sample, samples;
-  int64_t begin, end;  // slabs, of each sample
-};
-
-class Bands {
- public:
-  Bands(const Shape& shape, int64_t bytes_of_position)
-      : slab_(shape.size[0] > 1 ? shape.size[1] * shape.size[2] : shape.size[2]) {
-    slabs_ = shape.positions() / slab_;
-    const int64_t fit = std::max<int64_t>(1, kBytes / (slab_ * bytes_of_position));
-    if (fit >= slabs_) {
-      for (int64_t b = 0; b < shape.batch; b += fit / slabs_)
-        bands_.push_back({b, std::min(fit / slabs_, shape.batch - b), 0, slabs_});
-    } else {
-      const int64_t parts = (slabs_ + fit - 1) / fit;
-      for (int64_t b = 0; b < shape.batch; ++b)
-        for (int64_t part = 0; part < parts; ++part)
-          bands_.push_back({b, 1, part * slabs_ / parts, (part + 1) * slabs_ / parts});
-    }
-  }
-
-  int64_t slab() const { return slab_; }    // positions
-  int64_t slabs() const { return slabs_; }  // of a sample
-  auto begin() const { return bands_.begin(); }
-  auto end() const { return bands_.end(); }
-  // The most positions that a band holds, with the slabs that are kept from the band before.
-  int64_t capacity(int64_t kept) const {
-    int64_t most = 0;
-    for (const Band& band : bands_)
-      most = std::max(most, band.samples * (band.end - band.begin) + (band.begin > 0 ? kept : 0));
-    return most * slab_;
-  }
-
- private:
-  static constexpr int64_t kBytes = 8 << 20;
-  int64_t slab_, slabs_;
-  std::vector<Band> bands_;
-};
-
-// Per band: u = the convolutions, v = the gradient that reaches them through M; then the gradient of M from u, and
-// those of x and the taps from v. The last slabs of v wait for the next band.
+// Per band: u = the convolutions, v = the gradient that reaches them; then the weights' gradients from u, and those of
+// x and the taps from v. The last slabs of v wait for the next band. A name d_z is the gradient of z.
 template <class S>
 class MultiScaleBackward {
   using T = Compute<S>;
   static constexpr int64_t lanes = Lanes<T>::count;
   static constexpr int64_t kReach = kDilations[kScales - 1];  // slabs
   static constexpr int64_t kGroup = 8;                        // slabs whose gradients one task computes
-  static constexpr int64_t kOutputRows = 24;                  // of the gradient of M, computed by one task
-  static constexpr int64_t kInner = 512;                      // positions of one product
+  static constexpr int64_t kStrips = 3;                       // of a weight's gradient, computed by one task
+  static constexpr int64_t kPositions = 512;                  // that one product sums over
 
  public:
-  MultiScaleBackward(const View<const S>& x, const View<const S>& grad, const ScaleWeights<T>& weights,
-                     const View<S>& out, const ScaleGradient<T>& gradient)
-      : x_(x),
-        grad_(grad),
-        weights_(weights),
+  MultiScaleBackward(const View<const S>& x, const View<const S>& grad, const View<const S>& between,
+                     const ScaleWeights<T>& weights, const View<S>& out, const ScaleGradient<T>& gradient)
+      : weights_(weights),
         out_(out),
         gradient_(gradient),
         shape_(x.shape),
         rows_(x.shape, weights.axes),
         of_x_(x),
         of_grad_(grad),
+        of_between_(between),
         out_offsets_(out),
         stride_(padded<T>(shape_.channels)),
         columns_(kScales * stride_),
+        middle_stride_(padded<T>(weights.middle)),
         bands_(shape_, 2 * columns_ * int64_t(sizeof(T))),
         capacity_(bands_.capacity(2 * kReach)),
-        merged_(weights.outputs, columns_),
+        pointwise_(weights.middle, columns_),
+        fusion_(weights.outputs, weights.fusion ? weights.middle : 0),
         u_(capacity_, columns_),
+        t_(capacity_, weights.fusion ? weights.middle : 0),
+        d_t_(capacity_, weights.middle),
+        d_y_(capacity_, weights.fusion ? weights.outputs : 0),
         v_(capacity_ * columns_),
-        d_merged_(weights.outputs * columns_),
         taps_(kScales * 3 * rows_.taps()),
         d_taps_(shape_.batch * taps_ * stride_),
-        d_bias_(shape_.batch * of_grad_.stride()) {
-    d_merged_.fill(weights.outputs * columns_, T(0));
+        d_bias_(shape_.batch * middle_stride_),
+        d_fusion_bias_(of_grad_.stride()) {
+    d_pointwise_.fill(weights.middle * columns_, T(0));
+    if (weights.fusion) d_fusion_.fill(weights.outputs * middle_stride_, T(0));
     if (!of_x_.in_place()) staged_x_.resize(capacity_of_samples() * of_x_.stride());
-    if (!of_grad_.in_place()) staged_grad_.resize(capacity_ * of_grad_.stride());
     tap_sums_.resize((capacity_ / bands_.slab() + kGroup) * taps_ * stride_);
-    bias_sums_.resize((capacity_ / kScaleTile + shape_.batch + 1) * of_grad_.stride());
+    bias_sums_.resize((capacity_ / kScaleTile + shape_.batch + 1) * (middle_stride_ + of_grad_.stride()));
   }
 
   void run(int threads) {
 #pragma omp parallel num_threads(threads)
     {
-      pack_merged();
+      pack_weights();
       Workspace own(*this);
       for (const Band& band : bands_) {
         const Kept kept = kept_before(band);
         if (band.begin == 0) stage_samples(band);
         transform(band, kept, own);
-        add_merged(band);
+        add_products(band, u_, d_t_, d_pointwise_.data(), columns_);
+        if (weights_.fusion) add_products(band, t_, d_y_, d_fusion_.data(), middle_stride_);
         through_convolutions(band, kept, own);
         add_sums(band, kept);
         keep(band, kept);
@@ -143,9 +89,15 @@ class MultiScaleBackward {
   struct Workspace {
     explicit Workspace(const MultiScaleBackward& of)
         : taps(of.weights_, of.shape_.channels, of.rows_.taps()),
+          grad(of.of_grad_.in_place() ? 0 : kScaleTile * of.of_grad_.stride()),
+          d_t(of.weights_.fusion ? kScaleTile * of.middle_stride_ : 0),
           row(of.rows_.width() * lanes),
-          tap_sums(of.taps_ * lanes) {}
+          tap_sums(of.taps_ * lanes) {
+      if (of.weights_.fusion) zeros.fill(of.middle_stride_, T(0));
+      if (of.weights_.fusion && !of.of_between_.in_place()) between.resize(kScaleTile * of.middle_stride_);
+    }
     TapTable<T> taps;
+    Scratch<T> grad, d_t, between, zeros;
     Scratch<T> row;       // of the gradient of x, one vector of channels
     Scratch<T> tap_sums;  // one vector of channels
     int64_t sample = -1;
@@ -182,17 +134,26 @@ class MultiScaleBackward {
   int64_t length(const Band& band) const { return (band.end - band.begin) * bands_.slab(); }
   int64_t groups(const Kept& kept) const { return (kept.end - kept.begin + kGroup - 1) / kGroup; }
 
-  void pack_merged() {
+  void pack_weights() {
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < merged_.count(); ++p) {
-      std::fill_n(merged_.panel(p), weights_.outputs * merged_.kWidth, T(0));
-      for (int64_t j = merged_.first_column(p); j < merged_.first_column(p) + merged_.width(p); ++j) {
+    for (int64_t p = 0; p < pointwise_.count(); ++p) {
+      pointwise_.clear(p);
+      const int64_t first = pointwise_.first_column(p);
+      for (int64_t j = first; j < first + pointwise_.width(p); ++j) {
         const int64_t scale = j / stride_, c = j % stride_;
         if (c >= shape_.channels) continue;
-        for (int64_t o = 0; o < weights_.outputs; ++o)
-          merged_.panel(p)[o * merged_.kWidth + j - merged_.first_column(p)] =
-              weights_.merged[(o * kScales + scale) * shape_.channels + c];
+        for (int64_t o = 0; o < weights_.middle; ++o)
+          pointwise_.panel(p)[o * pointwise_.kWidth + j - first] =
+              weights_.pointwise[scale][o * weights_.pointwise_stride + c];
       }
+    }
+    if (!weights_.fusion) return;
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < fusion_.count(); ++p) {
+      fusion_.clear(p);
+      const int64_t first = fusion_.first_column(p), wide = std::min(fusion_.kWidth, weights_.middle - first);
+      for (int64_t o = 0; o < weights_.outputs; ++o)
+        std::copy_n(weights_.fusion + o * weights_.middle + first, wide, fusion_.panel(p) + o * fusion_.kWidth);
     }
   }
 
@@ -210,13 +171,15 @@ class MultiScaleBackward {
     if (of_x_.in_place()) return of_x_.of_sample(b);
     return {&staged_x_[(b - band.sample) * shape_.positions() * of_x_.stride()], of_x_.stride(), 0};
   }
-  PositionRows<T> grad_of(const Band& band, int64_t b) const {
-    if (of_grad_.in_place()) return of_grad_.of_sample(b);
-    const int64_t first = band.begin * bands_.slab();
-    return {&staged_grad_[of_u(band, b, first) * of_grad_.stride()], of_grad_.stride(), first};
+
+  // A tile of a tensor in rows, copied into scratch where it does not lie so.
+  static PositionRows<T> rows_of(const RowsOf<S>& of, const Range& tile, Scratch<T>& scratch) {
+    if (of.in_place()) return of.of_sample(tile.sample);
+    of.copy(tile, scratch.data());
+    return {scratch.data(), of.stride(), tile.begin};
   }
 
-  // u, v and the sums of the upstream gradient, tile by tile.
+  // u, v and what the weights' gradients are made of, tile by tile.
   void transform(const Band& band, const Kept& kept, Workspace& own) {
     const int64_t per_sample = tiles(band), last = band.end * bands_.slab();
 #pragma omp for schedule(static)
@@ -224,42 +187,57 @@ class MultiScaleBackward {
       const int64_t b = band.sample + index / per_sample;
       const int64_t begin = band.begin * bands_.slab() + index % per_sample * kScaleTile;
       const Range tile{b, begin, std::min(begin + kScaleTile, last)};
+      const int64_t count = tile.end - tile.begin, at = of_u(band, b, begin);
       own.set_sample(b);
       convolve(
           x_of(band, b), rows_, own.taps, shape_.channels, tile.begin, tile.end,
-          [&](int scale, int64_t c) { return u_.at(scale * stride_ + c) + of_u(band, b, begin) * u_.kWidth; },
-          u_.kWidth);
-      const PositionRows<T> grad = grad_of(band, b);
-      if (!of_grad_.in_place()) of_grad_.copy(tile, const_cast<T*>(grad.at(begin)));
-      T* v = &v_[of_v(band, kept, b, begin) * lanes];
-      for (int64_t p = 0; p < merged_.count(); ++p)
-        multiply(Left<T>{grad.at(begin), grad.step, 1}, merged_.right(p), tile.end - tile.begin, weights_.outputs,
-                 merged_.width(p), StoreByVector<T>{v + merged_.first_column(p) / lanes * run(), run()});
-      T* sums = &bias_sums_[index * of_grad_.stride()];
-      for (int64_t o = 0; o < of_grad_.stride(); o += lanes) {
-        Vector<T> sum = {};
-        for (int64_t n = tile.begin; n < tile.end; ++n) sum += load(grad.at(n) + o);
-        store(sums + o, sum);
+          [&](int scale, int64_t c) { return u_.at(scale * stride_ + c) + at * u_.kWidth; }, u_.kWidth);
+      T* sums = &bias_sums_[index * (middle_stride_ + of_grad_.stride())];
+      PositionRows<T> d_t = rows_of(of_grad_, tile, own.grad);
+      if (weights_.fusion) {
+        d_y_.set_rows(at, count, d_t.at(begin), d_t.step);
+        add_rows(d_t, tile, of_grad_.stride(), sums + middle_stride_);
+        const PositionRows<T> t = rows_of(of_between_, tile, own.between);
+        for (int64_t c = 0; c < middle_stride_; c += lanes)
+          for (int64_t n = 0; n < count; ++n) store(t_.at(c) + (at + n) * t_.kWidth, load(t.at(begin + n) + c));
+        multiply_panels(Left<T>{d_t.at(begin), d_t.step, 1}, fusion_, count, own.zeros.data(), own.d_t.data(),
+                        middle_stride_);
+        d_t = {own.d_t.data(), middle_stride_, begin};
       }
+      d_t_.set_rows(at, count, d_t.at(begin), d_t.step);
+      add_rows(d_t, tile, middle_stride_, sums);
+      T* v = &v_[of_v(band, kept, b, begin) * lanes];
+      for (int64_t p = 0; p < pointwise_.count(); ++p)
+        multiply(Left<T>{d_t.at(begin), d_t.step, 1}, pointwise_.right(p), count, weights_.middle, pointwise_.width(p),
+                 StoreByVector<T>{v + pointwise_.first_column(p) / lanes * run(), run()});
+    }
+  }
+
+  // out = the sums of the tile's rows.
+  static void add_rows(const PositionRows<T>& rows, const Range& tile, int64_t columns, T* out) {
+    for (int64_t c = 0; c < columns; c += lanes) {
+      Vector<T> sum = {};
+      for (int64_t n = tile.begin; n < tile.end; ++n) sum += load(rows.at(n) + c);
+      store(out + c, sum);
     }
   }
 
   int64_t run() const { return capacity_ * lanes; }
 
-  void add_merged(const Band& band) {
-    const int64_t row_tasks = (weights_.outputs + kOutputRows - 1) / kOutputRows;
+  // out [columns of left, columns of right] += the products of the band's positions.
+  void add_products(const Band& band, const Panels<T>& right, const Strips<T>& left, T* out, int64_t stride) {
+    const int64_t strips = (left.columns() + kRows - 1) / kRows, tasks = (strips + kStrips - 1) / kStrips;
+    const int64_t positions = band.samples * length(band);
 #pragma omp for schedule(static) nowait
-    for (int64_t task = 0; task < u_.count() * row_tasks; ++task) {
-      const int64_t p = task / row_tasks, first = task % row_tasks * kOutputRows;
-      const int64_t outputs = std::min(kOutputRows, weights_.outputs - first);
-      for (int64_t b = band.sample; b < band.sample + band.samples; ++b) {
-        const PositionRows<T> grad = grad_of(band, b);
-        for (int64_t n = band.begin * bands_.slab(); n < band.end * bands_.slab(); n += kInner) {
-          const int64_t inner = std::min(kInner, band.end * bands_.slab() - n);
-          multiply(Left<T>{grad.at(n) + first, 1, grad.step}, u_.right(p, of_u(band, b, n)), outputs, inner,
-                   u_.width(p), AddTo<T>{&d_merged_[first * columns_ + u_.first_column(p)], columns_});
+    for (int64_t task = 0; task < right.count() * tasks; ++task) {
+      const int64_t p = task / tasks, begin = task % tasks * kStrips;
+      for (int64_t n = 0; n < positions; n += kPositions)
+        for (int64_t strip = begin; strip < std::min(begin + kStrips, strips); ++strip) {
+          const int64_t row = strip * kRows;
+          multiply(left.left(row, n), right.right(p, n), std::min<int64_t>(kRows, left.columns() - row),
+                   std::min(kPositions, positions - n), right.width(p),
+                   AddTo<T>{out + row * stride + right.first_column(p), stride});
         }
-      }
     }
   }
 
@@ -320,10 +298,14 @@ class MultiScaleBackward {
       for (int64_t index = 0; index < band.samples * groups(kept); ++index)
         d_taps_[(band.sample + index / groups(kept)) * size + k] += tap_sums_[index * size + k];
 #pragma omp for schedule(static)
-    for (int64_t o = 0; o < weights_.outputs; ++o)
-      for (int64_t index = 0; index < band.samples * tiles(band); ++index)
-        d_bias_[(band.sample + index / tiles(band)) * of_grad_.stride() + o] +=
-            bias_sums_[index * of_grad_.stride() + o];
+    for (int64_t o = 0; o < middle_stride_ + of_grad_.stride(); ++o)
+      for (int64_t index = 0; index < band.samples * tiles(band); ++index) {
+        const T sum = bias_sums_[index * (middle_stride_ + of_grad_.stride()) + o];
+        if (o < middle_stride_)
+          d_bias_[(band.sample + index / tiles(band)) * middle_stride_ + o] += sum;
+        else if (weights_.fusion)
+          d_fusion_bias_[o - middle_stride_] += sum;
+      }
   }
 
   // Moves the slabs of v that the next band reads to its beginning.
@@ -340,11 +322,19 @@ class MultiScaleBackward {
   void finish() {
     const int64_t channels = shape_.channels, of_scale = taps_ / kScales;
 #pragma omp for schedule(static) nowait
-    for (int64_t o = 0; o < weights_.outputs; ++o) {
+    for (int64_t o = 0; o < weights_.middle; ++o) {
       for (int i = 0; i < kScales; ++i)
-        std::copy_n(&d_merged_[o * columns_ + i * stride_], channels, gradient_.merged + (o * kScales + i) * channels);
+        std::copy_n(&d_pointwise_[o * columns_ + i * stride_], channels,
+                    gradient_.pointwise[i] + o * gradient_.pointwise_stride);
       for (int64_t b = 0; b < shape_.batch; ++b)
-        gradient_.bias[b * weights_.outputs + o] = T(d_bias_[b * of_grad_.stride() + o]);
+        gradient_.bias[b * weights_.middle + o] = T(d_bias_[b * middle_stride_ + o]);
+    }
+    if (weights_.fusion) {
+#pragma omp for schedule(static) nowait
+      for (int64_t o = 0; o < weights_.outputs; ++o) {
+        std::copy_n(&d_fusion_[o * middle_stride_], weights_.middle, gradient_.fusion + o * weights_.middle);
+        gradient_.fusion_bias[o] = T(d_fusion_bias_[o]);
+      }
     }
 #pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < taps_; ++t)
@@ -365,30 +355,31 @@ class MultiScaleBackward {
     }
   }
 
-  const View<const S>&x_, &grad_;
   const ScaleWeights<T>& weights_;
   const View<S>& out_;
   const ScaleGradient<T>& gradient_;
   const Shape shape_;
   const ImageRows rows_;
-  const RowsOf<S> of_x_, of_grad_;
+  const RowsOf<S> of_x_, of_grad_, of_between_;
   const Offsets out_offsets_;
-  const int64_t stride_, columns_;  // channels of x, of all scales, in whole vectors
+  const int64_t stride_, columns_, middle_stride_;  // channels of x, of all scales, of t, in whole vectors
   const Bands bands_;
-  const int64_t capacity_;  // positions
-  Panels<T> merged_;        // [outputs, columns]
-  Panels<T> u_;             // [positions, columns]
-  Scratch<T> v_;            // [columns / lanes, positions, lanes]
-  Scratch<T> d_merged_;     // [outputs, columns]
-  Scratch<T> staged_x_, staged_grad_, tap_sums_, bias_sums_;
+  const int64_t capacity_;             // positions
+  Panels<T> pointwise_, fusion_;       // [middle, columns], [outputs, middle]
+  Panels<T> u_, t_;                    // [positions, columns], [positions, middle]
+  Strips<T> d_t_, d_y_;                // [positions, middle], [positions, outputs]
+  Scratch<T> v_;                       // [columns / lanes, positions, lanes]
+  Scratch<T> d_pointwise_, d_fusion_;  // [middle, columns], [outputs, middle_stride]
+  Scratch<T> staged_x_, tap_sums_, bias_sums_;
   const int64_t taps_;  // of all scales
-  std::vector<double> d_taps_, d_bias_;
+  std::vector<double> d_taps_, d_bias_, d_fusion_bias_;
 };
 
 template <class S>
-void multi_scale_backward(const View<const S>& x, const View<const S>& grad, const ScaleWeights<Compute<S>>& weights,
-                          const View<S>& out, const ScaleGradient<Compute<S>>& gradient, int threads) {
-  MultiScaleBackward<S>(x, grad, weights, out, gradient).run(threads);
+void multi_scale_backward(const View<const S>& x, const View<const S>& grad, const View<const S>& between,
+                          const ScaleWeights<Compute<S>>& weights, const View<S>& out,
+                          const ScaleGradient<Compute<S>>& gradient, int threads) {
+  MultiScaleBackward<S>(x, grad, between, weights, out, gradient).run(threads);
 }
 
 }  // namespace BTINET_ISA

@@ -7,37 +7,54 @@ namespace btinet {
 
 namespace {
 
-// Addresses: three of taps, share, merged, bias.
-using Six = std::array<uintptr_t, 6>;
+// Addresses: three of taps, three of pointwise, share, bias, fusion, fusion_bias.
+using Addresses = std::array<uintptr_t, 10>;
+
+struct Sizes {
+  int axes;
+  int64_t middle, outputs, pointwise_stride;
+};
 
 template <class T>
-ScaleWeights<T> scale_weights(int axes, int64_t outputs, const Six& a) {
-  return {axes,
+ScaleWeights<T> scale_weights(const Sizes& sizes, const Addresses& a) {
+  return {sizes.axes,
           {at<const T>(a[0]), at<const T>(a[1]), at<const T>(a[2])},
-          at<const T>(a[3]),
-          at<const T>(a[4]),
-          at<const T>(a[5]),
-          outputs};
+          {at<const T>(a[3]), at<const T>(a[4]), at<const T>(a[5])},
+          sizes.pointwise_stride,
+          at<const T>(a[6]),
+          at<const T>(a[7]),
+          at<const T>(a[8]),
+          at<const T>(a[9]),
+          sizes.middle,
+          sizes.outputs};
+}
+
+template <class T>
+ScaleGradient<T> scale_gradient(const Sizes& sizes, const Addresses& a) {
+  return {{at<T>(a[0]), at<T>(a[1]), at<T>(a[2])},
+          {at<T>(a[3]), at<T>(a[4]), at<T>(a[5])},
+          sizes.pointwise_stride,
+          at<T>(a[6]),
+          at<T>(a[7]),
+          at<T>(a[8]),
+          at<T>(a[9])};
 }
 
 template <class S>
 void bind(py::module_& module, const std::string& suffix) {
   using T = Compute<S>;
   module.def(("multi_scale_" + suffix).c_str(),
-             [](const Dense& x, int axes, int64_t outputs, const Six& weights, const Dense& out, int threads) {
-               multi_scale<S>(x.as<const S>(), scale_weights<T>(axes, outputs, weights), out.as<S>(), threads);
+             [](const Dense& x, const Sizes& sizes, const Addresses& weights, const Dense& out, const Dense& between,
+                int threads) {
+               multi_scale<S>(x.as<const S>(), scale_weights<T>(sizes, weights), out.as<S>(), between.as<S>(), threads);
              },
              Release());
   module.def(("multi_scale_backward_" + suffix).c_str(),
-             [](const Dense& x, const Dense& grad, int axes, int64_t outputs, const Six& weights, const Dense& out,
-                const Six& gradient, int threads) {
-               multi_scale_backward<S>(x.as<const S>(), grad.as<const S>(), scale_weights<T>(axes, outputs, weights),
-                                       out.as<S>(),
-                                       {{at<T>(gradient[0]), at<T>(gradient[1]), at<T>(gradient[2])},
-                                        at<T>(gradient[3]),
-                                        at<T>(gradient[4]),
-                                        at<T>(gradient[5])},
-                                       threads);
+             [](const Dense& x, const Dense& grad, const Dense& between, const Sizes& sizes, const Addresses& weights,
+                const Dense& out, const Sizes& gradient_sizes, const Addresses& gradient, int threads) {
+               multi_scale_backward<S>(x.as<const S>(), grad.as<const S>(), between.as<const S>(),
+                                       scale_weights<T>(sizes, weights), out.as<S>(),
+                                       scale_gradient<T>(gradient_sizes, gradient), threads);
              },
              Release());
 }
@@ -45,6 +62,10 @@ void bind(py::module_& module, const std::string& suffix) {
 }  // namespace
 
 void bind_multi_scale(py::module_& module) {
+  py::class_<Sizes>(module, "ScaleSizes")
+      .def(py::init([](int axes, int64_t middle, int64_t outputs, int64_t pointwise_stride) {
+        return Sizes{axes, middle, outputs, pointwise_stride};
+      }));
   bind<float>(module, "float32");
   bind<double>(module, "float64");
   bind<bfloat16>(module, "bfloat16");

@@ -7,6 +7,7 @@
 
 #include "../common/access.h"
 
+#include "../common/bands.h"
 #include "../common/panels.h"
 #include "dilated.h"
 
