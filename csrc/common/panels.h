@@ -47,8 +47,15 @@ class Strips {
     for (int64_t c = 0; c < columns_; c += kRows) {
       T* strip = &data_[(c * rows_) + first * kRows];
       const int64_t wide = std::min<int64_t>(kRows, columns_ - c);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t i = 0; i < kRows; ++i) strip[r * kRows + i] = i < wide ? values[r * stride + c + i] : T(0);
+      for (int64_t r = 0; r < count; ++r, strip += kRows) {
+        const T* from = values + r * stride + c;
+        if (wide == kRows) {
+          std::memcpy(strip, from, kRows * sizeof(T));
+        } else {
+          std::fill_n(strip, kRows, T(0));
+          std::copy_n(from, wide, strip);
+        }
+      }
     }
   }
   // The columns from `column` on, a whole number of kRows, as rows of a left operand.

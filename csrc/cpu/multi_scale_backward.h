@@ -28,7 +28,7 @@ class MultiScaleBackward {
   static constexpr int64_t kReach = kDilations[kScales - 1];  // slabs
   static constexpr int64_t kGroup = 8;                        // slabs whose gradients one task computes
   static constexpr int64_t kStrips = 3;                       // of a weight's gradient, computed by one task
-  static constexpr int64_t kPositions = 512;                  // that one product sums over
+  static constexpr int64_t kPositions = 256;                  // that one product sums over
 
  public:
   MultiScaleBackward(const View<const S>& x, const View<const S>& grad, const View<const S>& between,
@@ -130,7 +130,10 @@ class MultiScaleBackward {
     for (const Band& band : bands_) most = std::max(most, band.samples);
     return most * shape_.positions();
   }
-  int64_t tiles(const Band& band) const { return (length(band) + kScaleTile - 1) / kScaleTile; }
+  int64_t tiles(const Band& band) const {
+    const int64_t size = scale_tile(length(band));
+    return (length(band) + size - 1) / size;
+  }
   int64_t length(const Band& band) const { return (band.end - band.begin) * bands_.slab(); }
   int64_t groups(const Kept& kept) const { return (kept.end - kept.begin + kGroup - 1) / kGroup; }
 
@@ -181,12 +184,12 @@ class MultiScaleBackward {
 
   // u, v and what the weights' gradients are made of, tile by tile.
   void transform(const Band& band, const Kept& kept, Workspace& own) {
-    const int64_t per_sample = tiles(band), last = band.end * bands_.slab();
+    const int64_t per_sample = tiles(band), size = scale_tile(length(band)), last = band.end * bands_.slab();
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < band.samples * per_sample; ++index) {
       const int64_t b = band.sample + index / per_sample;
-      const int64_t begin = band.begin * bands_.slab() + index % per_sample * kScaleTile;
-      const Range tile{b, begin, std::min(begin + kScaleTile, last)};
+      const int64_t begin = band.begin * bands_.slab() + index % per_sample * size;
+      const Range tile{b, begin, std::min(begin + size, last)};
       const int64_t count = tile.end - tile.begin, at = of_u(band, b, begin);
       own.set_sample(b);
       convolve(

@@ -4,7 +4,13 @@
 namespace btinet {
 namespace BTINET_ISA {
 
-constexpr int64_t kScaleTile = 96;  // positions
+constexpr int64_t kScaleTile = 96;  // positions at most
+
+// Positions in a tile of so many: all about alike, because every tile reads all weights.
+inline int64_t scale_tile(int64_t positions) {
+  const int64_t tiles = (positions + kScaleTile - 1) / kScaleTile, even = (positions + tiles - 1) / tiles;
+  return (even + kRows - 1) / kRows * kRows;
+}
 
 // A dense tensor as rows of whole vectors: in place where memory allows, else copied into scratch as it is needed.
 template <class S>
@@ -117,7 +123,8 @@ void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights
   const ImageRows rows(x.shape, weights.axes);
   const RowsOf<S> source(x);
   const Offsets out_offsets(out), between_offsets(between);
-  const Partition partition(x.shape, kTile);
+  const int64_t tile_size = scale_tile(x.shape.positions());
+  const Partition partition(x.shape, tile_size);
   Panels<T> pointwise(inner, weights.middle), fusion(weights.fusion ? middle_stride : 0, weights.outputs);
 #pragma omp parallel num_threads(threads)
   {
@@ -149,7 +156,7 @@ void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights
         copy_padded(weights.bias + sample * weights.middle, weights.middle, bias);
       }
       const PositionRows<T> values = source.around(range, rows, staged);
-      for_each_tile(range, kScaleTile, [&](const Range& tile) {
+      for_each_tile(range, tile_size, [&](const Range& tile) {
         const int64_t positions = tile.end - tile.begin;
         convolve(
             values, rows, taps, channels, tile.begin, tile.end,
