@@ -43,6 +43,7 @@ class Recorder:
         self.limits = Machine(self.device)
         self.not_measured: list[dict[str, str]] = []
         self.modules: list[dict[str, Any]] = []
+        self.network: list[dict[str, Any]] = []
         self._measured: list[tuple[Workload, str, dict[str, Any]]] = []
         self._deadline = time.monotonic() + config.getoption("time_limit")
 
@@ -86,16 +87,17 @@ class Recorder:
         }
 
     def write(self, cases: list[dict[str, Any]], folder: Path) -> list[Path]:
-        """The interaction's cases and the modules', a file each, where any were measured."""
+        """The interaction's cases, the modules' and the network's, a file each, where any were measured."""
         described = machine.describe(self.device)
         folder = folder / described["slug"]
         written = []
         if cases:
             content = {"machine": described, "limits": self.limits.as_dict(), "cases": cases}
             written.append(_write(folder / "interaction.json", content | {"not_measured": self.not_measured}))
-        if self.modules:
-            content = {"machine": described, "cases": self.modules, "not_measured": self.not_measured}
-            written.append(_write(folder / "modules.json", content))
+        for name, measured in (("modules", self.modules), ("network", self.network)):
+            if measured:
+                content = {"machine": described, "cases": measured, "not_measured": self.not_measured}
+                written.append(_write(folder / f"{name}.json", content))
         return written
 
 
@@ -153,16 +155,19 @@ def module_problem(request: pytest.FixtureRequest, recorder: Recorder) -> Module
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     recorder = config.stash[_recorder]
     cases = recorder.finish()
-    if not cases and not recorder.modules:
+    others = recorder.modules + recorder.network
+    if not cases and not others:
         return
     terminalreporter.section("interleaved medians in ms (quartiles), and the machine's limit")
-    for case in cases + recorder.modules:
+    for case in cases + others:
         limit = case.get("limit_ms")
         terminalreporter.line(f"{case['name']}, {case['direction']}" + (f": limit {limit:.3f}" if limit else ""))
         for name, summary in case["variants"].items():
             line = f"    {name:<20} {summary['median_ms']:9.3f}  ({summary['q1_ms']:.3f} … {summary['q3_ms']:.3f})"
             share = f", {limit / summary['median_ms']:.0%} of the limit's speed" if limit else ""
             terminalreporter.line(line + share)
+        for name, peak in case.get("peak_mib", {}).items():
+            terminalreporter.line(f"    {name:<20} {peak:9.0f} MiB peak")
         for name, reason in case.get("unavailable", {}).items():
             terminalreporter.line(f"    {name:<20} not measured: {reason}")
     if config.getoption("save_results"):

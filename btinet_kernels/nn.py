@@ -9,6 +9,8 @@ Source: arXiv 2606.29102 (BTI-Net) and 2603.01295 (its predecessor).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -226,14 +228,12 @@ class MultiScaleContextFusion(nn.Module):
 
     def weights(self) -> ScaleWeights:
         """The parameters as ``fused_multi_scale`` takes them."""
-        hidden, _, share, _ = self.scale_attention
-        depthwise = [scale.depthwise.weight for scale in self.scales]
-        pointwise = [scale.pointwise for scale in self.scales]
+        scales = cast("list[SeparableConv]", list(self.scales))
+        hidden, _, share, _ = cast("list[nn.Linear]", list(self.scale_attention))
+        depthwise, pointwise = [s.depthwise.weight for s in scales], [s.pointwise.weight for s in scales]
+        biases = [s.pointwise.bias for s in scales]
         attention = [hidden.weight, hidden.bias, share.weight, share.bias]
-        fusion = [self.fusion.weight, self.fusion.bias]
-        return ScaleWeights(
-            *depthwise, *(p.weight for p in pointwise), *(p.bias for p in pointwise), *attention, *fusion
-        )
+        return ScaleWeights._make([*depthwise, *pointwise, *biases, *attention, self.fusion.weight, self.fusion.bias])
 
     def forward(self, x: Tensor) -> Tensor:
         """``fused_multi_scale`` of ``x``."""
