@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from btinet_kernels.interaction.op import InteractionResult, fused_task_interaction, fused_tim, fused_upa
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
-from btinet_kernels.multi_scale.op import fused_multi_scale
+from btinet_kernels.multi_scale.op import MergeCache, fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
 
 NORM_EPSILON = 1e-3  # Keras's BatchNormalization defaults; its momentum 0.99 is PyTorch's 0.01
@@ -224,6 +224,7 @@ class MultiScaleContextFusion(nn.Module):
             nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 3), nn.Softmax(1)
         )
         self.fusion = _CONVOLUTIONS[spatial_dims](channels, channels, 1)
+        self._cache = MergeCache()
         initialise(self)
 
     def weights(self) -> ScaleWeights:
@@ -237,7 +238,7 @@ class MultiScaleContextFusion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``fused_multi_scale`` of ``x``."""
-        return fused_multi_scale(x, self.weights())
+        return fused_multi_scale(x, self.weights(), self._cache)
 
 
 class DualPathAttention(nn.Module):

@@ -7,6 +7,7 @@ backward. What lies between x and the kernels are vectors and weights: PyTorch, 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,13 +28,50 @@ _WEIGHTS = schema_of(ScaleWeights).replace("?", "")
 _SCALES = len(DILATIONS)
 
 
-def fused_multi_scale(x: Tensor, weights: ScaleWeights) -> Tensor:
+_CALLS_TO_AMORTISE = 16
+
+
+class MergeCache:
+    """Keeps the product of a fusion's 1×1 convolutions from one inference to the next, until a weight changes.
+
+    Changes are seen as autograd sees them, by identity and version; a write through ``.data`` is invisible to both.
+    """
+
+    def __init__(self) -> None:
+        self._versions: list[tuple[weakref.ref[Tensor], int, int]] = []  # a tensor, its address, its version
+        self._merged = torch.empty(0)
+
+    def merged(self, x: Tensor, weights: ScaleWeights) -> Tensor | None:
+        """The merged weight ``[C, 3, C]``, or None where it would not pay within a few calls or cannot be watched."""
+        factors = (weights.fusion_weight, *weights[3:6])
+        pays = _CALLS_TO_AMORTISE * x.numel() >= _SCALES * x.shape[1] ** 2
+        if not pays or any(factor.is_inference() for factor in factors):
+            return None
+        current = (len(factors) == len(self._versions)) and all(
+            seen() is factor and (address, version) == (factor.data_ptr(), factor._version)
+            for (seen, address, version), factor in zip(self._versions, factors, strict=True)
+        )
+        if not current or self._merged.dtype != accumulation_dtype(x):
+            with torch.autocast(x.device.type, enabled=False):
+                self._merged = _merge(_weights_of(x, weights))
+            self._versions = [(weakref.ref(f), f.data_ptr(), f._version) for f in factors]
+        return self._merged
+
+    def __deepcopy__(self, memo: Any) -> MergeCache:
+        return MergeCache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MergeCache, ()
+
+
+def fused_multi_scale(x: Tensor, weights: ScaleWeights, cache: MergeCache | None = None) -> Tensor:
     """Three separable convolutions of dilation 1, 2 and 4, weighted per image, summed and fused by a 1×1 convolution.
 
     Args:
         x: ``[B, C, *spatial]``, one to three spatial dimensions. Contiguous and channels_last memory is read as it
             lies; other strides are honoured, more slowly.
         weights: see ``ScaleWeights``; they may stay float32 under half-precision activations.
+        cache: where calls that need no gradient keep the product of the 1×1 convolutions.
 
     Returns:
         The fused tensor, of the shape, dtype and memory format of ``x``.
@@ -43,8 +81,13 @@ def fused_multi_scale(x: Tensor, weights: ScaleWeights) -> Tensor:
     _check(x, weights)
     if choose("fused_multi_scale", x) == "reference":
         return reference.multi_scale(x, weights)
-    run = multi_scale if torch.compiler.is_compiling() else _MultiScale.apply
-    return run(x, *weights)[0]
+    if torch.compiler.is_compiling():
+        return multi_scale(x, *weights)[0]
+    if cache is not None and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))):
+        merged = cache.merged(x, weights)
+        if merged is not None:
+            return multi_scale_merged(x, merged, *weights)
+    return _MultiScale.apply(x, *weights)[0]
 
 
 def _check(x: Tensor, weights: ScaleWeights) -> None:
@@ -97,6 +140,25 @@ def _(x, *packed):  # type: ignore[no-untyped-def]
         vectors.new_empty((channels, _SCALES, channels) if merges(x) else 0),
         x.new_empty(0) if merges(x) else torch.empty_like(x),
     )
+
+
+@custom_op(
+    "btinet_kernels::multi_scale_merged",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor merged, {_WEIGHTS}) -> Tensor",
+)
+def multi_scale_merged(x: Tensor, merged: Tensor, *packed: Tensor) -> Tensor:
+    """The fused tensor from a merged weight ``[C, 3, C]``, without a gradient."""
+    weights = _weights_of(x, packed)
+    mean = interaction_passes.statistics(x, None, variance=False, edges=False).mean
+    with torch.autocast(x.device.type, enabled=False):
+        kernels = _kernels(weights, shares(mean, weights), merged)
+    return native.multi_scale(x, kernels)[0]
+
+
+@multi_scale_merged.register_fake
+def _(x, merged, *packed):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
 
 
 @custom_op(

@@ -1,5 +1,8 @@
 """Multi-scale context fusion against float64 mathematics: values, gradients, layouts, edges, repeats."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from btinet_kernels import fused_multi_scale, use_backend
-from btinet_kernels.multi_scale import native, reference
+from btinet_kernels.multi_scale import native, op, reference
 from btinet_kernels.multi_scale.native import Kernels
 from btinet_kernels.multi_scale.op import multi_scale as operator
 from btinet_kernels.multi_scale.op import multi_scale_gradient
@@ -207,6 +210,48 @@ def test_repeats_are_bit_identical_for_any_number_of_threads(fusion: bool) -> No
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.parametrize("change", ["in place", "optimizer", "load_state_dict", "new parameter", "dtype"])
+def test_inference_follows_changed_weights(change: str) -> None:
+    fusion, x = module(16, 2).eval(), dense((2, 16, 20, 20), "rows")
+    with use_backend("native"), torch.no_grad():
+        before = fusion(x)
+        assert torch.equal(fusion(x), before)
+        if change == "in place":
+            fusion.scales[1].pointwise.weight.mul_(1.5)
+        elif change == "load_state_dict":
+            fusion.load_state_dict({name: value * 1.5 for name, value in fusion.state_dict().items()})
+        elif change == "new parameter":
+            fusion.fusion.weight = torch.nn.Parameter(fusion.fusion.weight * 1.5)
+        elif change == "dtype":
+            fusion, x = fusion.float(), x.float()
+    if change == "optimizer":
+        optimizer = torch.optim.SGD(fusion.parameters(), 0.1)
+        with use_backend("native"):
+            fusion(x).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        with use_backend("native"):
+            ours = fusion(x)
+        with use_backend("reference"):
+            exact = fusion(x)
+    assert largest_error([ours], [exact.double()]) < (1e-5 if change == "dtype" else 1e-12)
+
+
+def test_inference_merges_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fusion, x, merges = module(16, 2).eval(), dense((2, 16, 20, 20), "rows"), []
+    merge = op._merge
+    monkeypatch.setattr(op, "_merge", lambda weights: merges.append(1) or merge(weights))
+    with use_backend("native"):
+        with torch.inference_mode():
+            results = [fusion(x) for _ in range(3)]
+        assert len(merges) == 1
+        copied = copy.deepcopy(fusion)
+        pickled = pickle.loads(pickle.dumps(fusion))
+        with torch.no_grad():
+            results += [copied(x), pickled(x)]
+    assert all(torch.equal(results[0], other) for other in results)
+
+
 def test_opcheck() -> None:
     fusion = module(5, 2)
     for layout in LAYOUTS:
@@ -214,6 +259,7 @@ def test_opcheck() -> None:
         weights = tuple(fusion.weights())
         opcheck(operator, (x, *weights))
         out, *saved = operator(x, *weights)
+        opcheck(op.multi_scale_merged, (x.detach(), saved[2].detach(), *(w.detach() for w in weights)))
         opcheck(
             multi_scale_gradient,
             (torch.randn_like(out), x.detach(), *saved, *(w.detach() for w in weights)),
