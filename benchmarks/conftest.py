@@ -14,6 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from cases import Workload, cpu_workloads, gpu_workloads  # noqa: E402
 from machine_limit import Machine  # noqa: E402
+from modules import ModuleProblem, module_cases  # noqa: E402
 from variants import Problem  # noqa: E402
 
 from btinet_kernels.backends import native_module  # noqa: E402
@@ -41,6 +42,8 @@ class Recorder:
         self.device = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.limits = Machine(self.device)
         self.not_measured: list[dict[str, str]] = []
+        self.modules: list[dict[str, Any]] = []
+        self.network: list[dict[str, Any]] = []
         self._measured: list[tuple[Workload, str, dict[str, Any]]] = []
         self._deadline = time.monotonic() + config.getoption("time_limit")
 
@@ -83,20 +86,27 @@ class Recorder:
             **measured,
         }
 
-    def write(self, cases: list[dict[str, Any]], folder: Path) -> Path:
+    def write(self, cases: list[dict[str, Any]], folder: Path) -> list[Path]:
+        """The interaction's cases, the modules' and the network's, a file each, where any were measured."""
         described = machine.describe(self.device)
-        content = {
-            "machine": described,
-            "limits": self.limits.as_dict(),
-            "cases": cases,
-            "not_measured": self.not_measured,
-        }
-        path = folder / described["slug"] / "interaction.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(path)
-        return path
+        folder = folder / described["slug"]
+        written = []
+        if cases:
+            content = {"machine": described, "limits": self.limits.as_dict(), "cases": cases}
+            written.append(_write(folder / "interaction.json", content | {"not_measured": self.not_measured}))
+        for name, measured in (("modules", self.modules), ("network", self.network)):
+            if measured:
+                content = {"machine": described, "cases": measured, "not_measured": self.not_measured}
+                written.append(_write(folder / f"{name}.json", content))
+        return written
+
+
+def _write(path: Path, content: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
+    return path
 
 
 _recorder = pytest.StashKey[Recorder]()
@@ -114,6 +124,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "problem" in metafunc.fixturenames:
         workloads = metafunc.config.stash[_recorder].workloads(metafunc.config)
         metafunc.parametrize("problem", workloads, indirect=True, scope="module", ids=lambda w: w.name)
+    if "module_problem" in metafunc.fixturenames:
+        cases = [c for c in module_cases() if metafunc.config.getoption("shapes") in c.name]
+        metafunc.parametrize("module_problem", cases, indirect=True, scope="module", ids=lambda c: c.name)
 
 
 @pytest.fixture(scope="session")
@@ -130,19 +143,33 @@ def problem(request: pytest.FixtureRequest, recorder: Recorder) -> Iterator[Prob
         torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="module")
+def module_problem(request: pytest.FixtureRequest, recorder: Recorder) -> ModuleProblem:
+    """One per case, for both directions."""
+    if recorder.device != "cpu":
+        pytest.skip("the modules are measured on the CPU")
+    recorder.refuse_if_late(request.param.name)
+    return ModuleProblem(request.param)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     recorder = config.stash[_recorder]
     cases = recorder.finish()
-    if not cases:
+    others = recorder.modules + recorder.network
+    if not cases and not others:
         return
     terminalreporter.section("interleaved medians in ms (quartiles), and the machine's limit")
-    for case in cases:
-        terminalreporter.line(f"{case['name']}, {case['direction']}: limit {case['limit_ms']:.3f}")
+    for case in cases + others:
+        limit = case.get("limit_ms")
+        terminalreporter.line(f"{case['name']}, {case['direction']}" + (f": limit {limit:.3f}" if limit else ""))
         for name, summary in case["variants"].items():
-            spread = f"({summary['q1_ms']:.3f} … {summary['q3_ms']:.3f})"
-            share = f"{case['limit_ms'] / summary['median_ms']:.0%} of the limit's speed"
-            terminalreporter.line(f"    {name:<20} {summary['median_ms']:9.3f}  {spread}, {share}")
-        for name, reason in case["unavailable"].items():
+            line = f"    {name:<20} {summary['median_ms']:9.3f}  ({summary['q1_ms']:.3f} … {summary['q3_ms']:.3f})"
+            share = f", {limit / summary['median_ms']:.0%} of the limit's speed" if limit else ""
+            terminalreporter.line(line + share)
+        for name, peak in case.get("peak_mib", {}).items():
+            terminalreporter.line(f"    {name:<20} {peak:9.0f} MiB peak")
+        for name, reason in case.get("unavailable", {}).items():
             terminalreporter.line(f"    {name:<20} not measured: {reason}")
     if config.getoption("save_results"):
-        terminalreporter.line(f"written: {recorder.write(cases, config.getoption('results'))}")
+        for path in recorder.write(cases, config.getoption("results")):
+            terminalreporter.line(f"written: {path}")

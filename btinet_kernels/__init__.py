@@ -1,7 +1,7 @@
 """Fused operators for multi-task networks whose tasks interact.
 
-Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``. Modules: ``btinet_kernels.nn``. Which backend
-serves what on this machine: ``backends()``.
+Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``. Modules:
+``btinet_kernels.nn``. Which backend serves what on this machine: ``backends()``.
 """
 
 from btinet_kernels.backends import BackendError, backends, use_backend
@@ -12,6 +12,8 @@ from btinet_kernels.interaction.op import (
     fused_upa,
 )
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights
+from btinet_kernels.multi_scale.op import fused_multi_scale
+from btinet_kernels.multi_scale.reference import ScaleWeights
 
 __version__ = "0.1.0"
 
@@ -20,7 +22,9 @@ __all__ = [
     "GateWeights",
     "InteractionResult",
     "InteractionWeights",
+    "ScaleWeights",
     "backends",
+    "fused_multi_scale",
     "fused_task_interaction",
     "fused_tim",
     "fused_upa",

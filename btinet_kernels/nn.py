@@ -9,12 +9,16 @@ Source: arXiv 2606.29102 (BTI-Net) and 2603.01295 (its predecessor).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btinet_kernels.interaction.op import InteractionResult, fused_task_interaction, fused_tim, fused_upa
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
+from btinet_kernels.multi_scale.op import MergeCache, fused_multi_scale
+from btinet_kernels.multi_scale.reference import ScaleWeights
 
 NORM_EPSILON = 1e-3  # Keras's BatchNormalization defaults; its momentum 0.99 is PyTorch's 0.01
 NORM_MOMENTUM = 0.01
@@ -220,13 +224,21 @@ class MultiScaleContextFusion(nn.Module):
             nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 3), nn.Softmax(1)
         )
         self.fusion = _CONVOLUTIONS[spatial_dims](channels, channels, 1)
+        self._cache = MergeCache()
         initialise(self)
 
+    def weights(self) -> ScaleWeights:
+        """The parameters as ``fused_multi_scale`` takes them."""
+        scales = cast("list[SeparableConv]", list(self.scales))
+        hidden, _, share, _ = cast("list[nn.Linear]", list(self.scale_attention))
+        depthwise, pointwise = [s.depthwise.weight for s in scales], [s.pointwise.weight for s in scales]
+        biases = [s.pointwise.bias for s in scales]
+        attention = [hidden.weight, hidden.bias, share.weight, share.bias]
+        return ScaleWeights._make([*depthwise, *pointwise, *biases, *attention, self.fusion.weight, self.fusion.bias])
+
     def forward(self, x: Tensor) -> Tensor:
-        """Fuse the scales of ``x``."""
-        weights = self.scale_attention(x.flatten(2).mean(2))
-        weighted = [scale(x) * _over_space(weights[:, i : i + 1], x) for i, scale in enumerate(self.scales)]
-        return self.fusion(weighted[0] + weighted[1] + weighted[2])
+        """``fused_multi_scale`` of ``x``."""
+        return fused_multi_scale(x, self.weights(), self._cache)
 
 
 class DualPathAttention(nn.Module):

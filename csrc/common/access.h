@@ -93,6 +93,38 @@ void load_tile(const View<const S>& view, const Offsets& offsets, const Range& r
   }
 }
 
+// view[sample, first + c, begin + r] = tile[r][c] for c < columns.
+template <class S>
+void store_tile(const View<S>& view, const Offsets& offsets, const Range& range, int64_t first, int64_t columns,
+                const Compute<S>* tile, int64_t stride) {
+  using T = Compute<S>;
+  constexpr int64_t n = Lanes<T>::count;
+  const int64_t rows = range.end - range.begin;
+  S* base = view.data + range.sample * view.batch_stride + first * view.channel_stride;
+  switch (layout_of(view)) {
+    case Layout::rows:
+      for (int64_t r = 0; r < rows; ++r) {
+        S* row = base + offsets[range.begin + r];
+        for_each_vector<T>(columns, [&](int64_t c, auto part) { store(row + c, load(tile + r * stride + c), part); });
+      }
+      break;
+    case Layout::planes:
+      for (int64_t c = 0; c < columns; c += n)
+        for_each_vector<T>(rows, [&](int64_t r, auto part) {
+          Vector<T> block[n] = {};
+          for (int64_t i = 0; i < std::min(n, rows - r); ++i) block[i] = load(tile + (r + i) * stride + c);
+          transpose<T>(block);
+          for (int64_t i = 0; i < std::min(n, columns - c); ++i)
+            store(base + (c + i) * view.channel_stride + range.begin + r, block[i], part);
+        });
+      break;
+    case Layout::scattered:
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c)
+          base[offsets[range.begin + r] + c * view.channel_stride] = stored<S>(tile[r * stride + c]);
+  }
+}
+
 // Rows of whole vectors, one for each position.
 template <class T>
 struct Tile {

@@ -1,0 +1,106 @@
+"""Modules of the network at their shapes in BTI-Net-B4 at 224², and everything that can serve them.
+
+*eager* and *compile* are the plain PyTorch modules (``use_backend("reference")``) in eager mode and under
+``torch.compile``; *ours* is what ``auto`` takes, and *ours compiled* the same under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import BOTH, FORWARD
+from timing import Sample, cpu_sample
+from torch import Tensor, nn
+from variants import GateError
+
+from btinet_kernels import use_backend
+from btinet_kernels.nn import MultiScaleContextFusion
+
+ENCODER = ((144, 112), (192, 56), (336, 28), (960, 14), (1792, 7))  # C, height = width
+DECODER = ((384, 14), (192, 28), (96, 56), (48, 112))
+TOLERANCE = 2e-4  # of a result's largest magnitude: float32 sums over 100 000 positions, a few of them in a row
+
+
+@dataclass(frozen=True)
+class ModuleCase:
+    """A module on inputs of one shape, float32, channels_last."""
+
+    operator: str
+    channels: int
+    size: int
+    make: Callable[[int], nn.Module]
+    batch: int = 8
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.channels}x{self.size}x{self.size}, B={self.batch}"
+
+
+def module_cases() -> list[ModuleCase]:
+    """All of them, those that take most of a training step first."""
+    return [ModuleCase("multi-scale fusion", c, s, MultiScaleContextFusion) for c, s in ENCODER + DECODER]
+
+
+class ModuleProblem:
+    """A case with its variants, each compared with float64 before it may be timed."""
+
+    def __init__(self, case: ModuleCase) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.module = case.make(case.channels).to(memory_format=torch.channels_last)
+        shape = (case.batch, case.channels, case.size, case.size)
+        x, upstream = (torch.randn(shape).to(memory_format=torch.channels_last) for _ in range(2))
+        self.x, self.upstream = x.requires_grad_(), upstream
+        torch.compiler.reset()
+        self.variants: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+            "eager": ("reference", self.module),
+            "compile": ("reference", torch.compile(self.module, dynamic=False)),
+            "ours": ("auto", self.module),
+            "ours compiled": ("auto", torch.compile(copy.deepcopy(self.module), dynamic=False)),
+        }
+        self._parameters = {name: list(self.module.parameters()) for name in self.variants}
+        self._parameters["ours compiled"] = list(self.variants["ours compiled"][1].parameters())  # type: ignore[attr-defined]
+
+    def samples(self, direction: str) -> dict[str, Sample]:
+        """What times each variant; raises ``GateError`` if one of them is wrong."""
+        exact = self._exact()
+        for name in self.variants:
+            for what, (result, expected) in enumerate(zip(self.run(name, BOTH), exact, strict=True)):
+                error = float((result.double() - expected).abs().max() / expected.abs().max())
+                if not error <= TOLERANCE:  # also for NaN
+                    raise GateError(f"{self.case.name}: {name} is off by {error:.1e} in result {what}")
+        return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self.variants}  # type: ignore[misc]
+
+    def run(self, name: str, direction: str) -> list[Tensor]:
+        """One call: the output without recording, or the output and the gradients of the input and all parameters."""
+        backend, call = self.variants[name]
+        with use_backend(backend), torch.set_grad_enabled(direction == BOTH):
+            out = call(self.x)
+            if direction == FORWARD:
+                return [out]
+            return [out.detach(), *torch.autograd.grad(out, [self.x, *self._parameters[name]], self.upstream)]
+
+    def _exact(self) -> list[Tensor]:
+        module, x = copy.deepcopy(self.module).double(), self.x.detach().double().requires_grad_()
+        with use_backend("reference"):
+            out = module(x)
+            return [out.detach(), *torch.autograd.grad(out, [x, *module.parameters()], self.upstream.double())]
+
+
+def recorded(case: ModuleCase, direction: str, summaries: dict[str, Any]) -> dict[str, Any]:
+    """A case as it is written."""
+    return {
+        "name": case.name,
+        "operator": case.operator,
+        "channels": case.channels,
+        "size": case.size,
+        "batch": case.batch,
+        "dtype": "float32",
+        "layout": "channels_last",
+        "direction": direction,
+        "variants": {name: summary.as_dict() for name, summary in summaries.items()},
+    }

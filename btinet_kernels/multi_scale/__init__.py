@@ -1,0 +1,1 @@
+"""Multi-scale context fusion as one operator."""

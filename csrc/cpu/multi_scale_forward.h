@@ -1,0 +1,178 @@
+// Compiled once per instruction set (BTINET_ISA).
+#pragma once
+
+namespace btinet {
+namespace BTINET_ISA {
+
+constexpr int64_t kScaleTile = 96;  // positions at most
+
+// Positions in a tile of so many: all about alike, because every tile reads all weights.
+inline int64_t scale_tile(int64_t positions) {
+  const int64_t tiles = (positions + kScaleTile - 1) / kScaleTile, even = (positions + tiles - 1) / tiles;
+  return (even + kRows - 1) / kRows * kRows;
+}
+
+// A dense tensor as rows of whole vectors: in place where memory allows, else copied into scratch as it is needed.
+template <class S>
+class RowsOf {
+  using T = Compute<S>;
+
+ public:
+  explicit RowsOf(const View<const S>& view) : view_(view), offsets_(view), stride_(padded<T>(view.shape.channels)) {
+    in_place_ =
+        std::is_same_v<S, T> && layout_of(view) == Layout::rows && offsets_.even() && stride_ == view.shape.channels;
+  }
+
+  bool in_place() const { return in_place_; }
+  int64_t stride() const { return stride_; }
+  PositionRows<T> of_sample(int64_t b) const {
+    if constexpr (std::is_same_v<S, T>) return {view_.data + b * view_.batch_stride, offsets_.step(), 0};
+    return {};
+  }
+  void copy(const Range& range, T* out) const {
+    load_tile(view_, offsets_, range, 0, view_.shape.channels, out, stride_);
+  }
+  // The positions of `range` and all that their taps reach.
+  PositionRows<T> around(const Range& range, const ImageRows& rows, Scratch<T>& scratch) const {
+    if (in_place_) return of_sample(range.sample);
+    const auto [first, last] = rows.reached(range.begin / rows.width(), (range.end - 1) / rows.width() + 1);
+    scratch.resize((last - first) * rows.width() * stride_);
+    copy({range.sample, first * rows.width(), last * rows.width()}, scratch.data());
+    return {scratch.data(), stride_, first * rows.width()};
+  }
+
+ private:
+  const View<const S>& view_;
+  Offsets offsets_;
+  int64_t stride_;
+  bool in_place_;
+};
+
+// out = product + bias, whole vectors.
+template <class T>
+struct StoreSum {
+  using vector = Vector<T>;
+  const T* bias;
+  T* out;
+  int64_t stride;
+
+  vector start(int64_t, int64_t column) const { return load(bias + column); }
+  template <int R>
+  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
+    for (int r = 0; r < R; ++r) store(out + (row + r) * stride + column, sum[r]);
+  }
+};
+
+// out += product: the sums over a piece of the inner dimension are added up before they meet the total.
+template <class T>
+struct AddTo {
+  using vector = Vector<T>;
+  T* out;
+  int64_t stride;
+
+  vector start(int64_t, int64_t) const { return vector{}; }
+  template <int R>
+  void end(int64_t row, int64_t column, const vector (&sum)[R]) const {
+    for (int r = 0; r < R; ++r) {
+      T* to = out + (row + r) * stride + column;
+      store(to, load(to) + sum[r]);
+    }
+  }
+};
+
+constexpr int64_t kInner = 1024;  // rows of a panel that stay in the second cache while they are used
+
+// out [rows, columns of b] = a b + bias.
+template <class T>
+void multiply_panels(Left<T> a, const Panels<T>& b, int64_t rows, const T* bias, T* out, int64_t stride) {
+  for (int64_t k = 0; k < b.rows(); k += kInner) {
+    const int64_t inner = std::min(kInner, b.rows() - k);
+    const Left<T> left{a.data + k * a.inner_step, a.row_step, a.inner_step};
+    for (int64_t p = 0; p < b.count(); ++p) {
+      T* to = out + b.first_column(p);
+      if (k == 0)
+        multiply(left, b.right(p, k), rows, inner, b.width(p), StoreSum<T>{bias + b.first_column(p), to, stride});
+      else
+        multiply(left, b.right(p, k), rows, inner, b.width(p), AddTo<T>{to, stride});
+    }
+  }
+}
+
+// Panel p from row `first_row` on = columns of the transposed matrix [columns, count].
+template <class T>
+void fill_transposed(Panels<T>& panels, int64_t p, int64_t first_row, const T* matrix, int64_t stride, int64_t columns,
+                     int64_t count) {
+  const int64_t first = panels.first_column(p);
+  transpose(matrix + first * stride, stride, std::min(panels.kWidth, columns - first), count,
+            panels.panel(p) + first_row * panels.kWidth, panels.kWidth);
+}
+
+// A vector of `count` values with zeros up to whole vectors.
+template <class T>
+void copy_padded(const T* values, int64_t count, Scratch<T>& out) {
+  out.fill(padded<T>(count), T(0));
+  std::copy_n(values, count, out.data());
+}
+
+template <class S>
+void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights, const View<S>& out,
+                 const View<S>& between, int threads) {
+  using T = Compute<S>;
+  const int64_t channels = x.shape.channels, stride = padded<T>(channels), inner = kScales * stride;
+  const int64_t middle_stride = padded<T>(weights.middle), out_stride = padded<T>(weights.outputs);
+  const ImageRows rows(x.shape, weights.axes);
+  const RowsOf<S> source(x);
+  const Offsets out_offsets(out), between_offsets(between);
+  const int64_t tile_size = scale_tile(x.shape.positions());
+  const Partition partition(x.shape, tile_size);
+  Panels<T> pointwise(inner, weights.middle), fusion(weights.fusion ? middle_stride : 0, weights.outputs);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < pointwise.count(); ++p) {
+      pointwise.clear(p);
+      for (int i = 0; i < kScales; ++i)
+        fill_transposed(pointwise, p, i * stride, weights.pointwise[i], weights.pointwise_stride, weights.middle,
+                        channels);
+    }
+    if (weights.fusion) {
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < fusion.count(); ++p) {
+        fusion.clear(p);
+        fill_transposed(fusion, p, 0, weights.fusion, weights.middle, weights.outputs, weights.middle);
+      }
+    }
+    TapTable<T> taps(weights, channels, rows.taps());
+    Scratch<T> staged, convolved(kScaleTile * inner), middle(kScaleTile * middle_stride), bias, fusion_bias;
+    Scratch<T> result(weights.fusion ? kScaleTile * out_stride : 0);
+    if (weights.fusion) copy_padded(weights.fusion_bias, weights.outputs, fusion_bias);
+    int64_t sample = -1;
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < partition.ranges(); ++index) {
+      const Range range = partition.range(index);
+      if (range.sample != sample) {
+        sample = range.sample;
+        taps.set_sample(sample);
+        copy_padded(weights.bias + sample * weights.middle, weights.middle, bias);
+      }
+      const PositionRows<T> values = source.around(range, rows, staged);
+      for_each_tile(range, tile_size, [&](const Range& tile) {
+        const int64_t positions = tile.end - tile.begin;
+        convolve(
+            values, rows, taps, channels, tile.begin, tile.end,
+            [&](int scale, int64_t c) { return &convolved[scale * stride + c]; }, inner);
+        multiply_panels(Left<T>{convolved.data(), inner, 1}, pointwise, positions, bias.data(), middle.data(),
+                        middle_stride);
+        if (!weights.fusion)
+          return store_tile(out, out_offsets, tile, 0, weights.outputs, middle.data(), middle_stride);
+        if (between.data) store_tile(between, between_offsets, tile, 0, weights.middle, middle.data(), middle_stride);
+        multiply_panels(Left<T>{middle.data(), middle_stride, 1}, fusion, positions, fusion_bias.data(), result.data(),
+                        out_stride);
+        store_tile(out, out_offsets, tile, 0, weights.outputs, result.data(), out_stride);
+      });
+    }
+  }
+}
+
+}  // namespace BTINET_ISA
+}  // namespace btinet
