@@ -1,6 +1,6 @@
 """The passes on NVIDIA GPUs: heuristics and launches of the kernels in ``triton_forward`` and ``triton_backward``.
 
-The vectors between them, `level_vectors` and `level_backward`, have files of their own.
+The vectors between them, `level_vectors` and `level_backward`, are those of ``triton_vectors``.
 
 Any strides and one to three spatial axes; float32, float16 and bfloat16 are stored, float32 is what is computed with.
 docs/kernels_gpu.md says what each kernel costs.
@@ -33,6 +33,7 @@ from btinet_kernels.interaction.triton_tiles import (
     power_of_two,
     product_precision,
 )
+from btinet_kernels.interaction.triton_vectors import level_backward as level_backward
 from btinet_kernels.interaction.triton_vectors import level_vectors as level_vectors
 
 # A softmax over the positions needs a tile's whole context in one program; the reference takes wider ones.

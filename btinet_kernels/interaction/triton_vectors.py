@@ -1,8 +1,11 @@
-"""The vectors between the passes on NVIDIA GPUs: three launches forward.
+"""The vectors between the passes on NVIDIA GPUs: three launches, and five for their gradients.
 
-First the columns that depend on the inputs alone, then those that need the whole context, then sample by sample the
-gate and the results. What a sample's gate sums over the columns is left in parts, one for each block of columns, and
-added in a fixed order. B samples, C channels, K features; P is the width of the projections.
+Forward, first the columns that depend on the inputs alone, then those that need the whole context, then by samples
+the gate and the results. Backward, the first two once more; then through the gate by samples, through the sigmoids and
+the batch normalisation by columns, and at last every product of matrices that is left, as one list of tiles.
+
+B samples, C channels, K features; P is the width of the projections, H that of the gate's network. A name ``d_x`` is
+the gradient with respect to ``x``.
 """
 
 from __future__ import annotations
@@ -11,25 +14,24 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from btinet_kernels.interaction.passes_op import LevelOptions
-from btinet_kernels.interaction.reference import (
-    NORMALISE_EPSILON,
-    VARIANCE_EPSILON,
-    GateWeights,
-    InteractionWeights,
-    Statistics,
-)
-from btinet_kernels.interaction.triton_tiles import MOST_REGISTERS, launch, power_of_two, product_precision, relu
+from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Statistics
+from btinet_kernels.interaction.triton_tiles import MOST_REGISTERS, launch, power_of_two, product_precision
+from btinet_kernels.interaction.triton_vectors_backward import columns_gradient, gate_gradient, products_of_level
+from btinet_kernels.interaction.triton_vectors_forward import columns_of_context, columns_of_inputs, results_of_samples
+from btinet_kernels.interaction.vectors_backward import LevelGradient
 
 NARROW = 16  # columns of a program: few, so that narrow levels occupy many multiprocessors
 WIDE = 64  # columns that a product takes at a time
 PARTS = 32  # parts that are added at a time
 PROXIES = {"none": 0, "proxies": 3, "variance": 2}  # how many there are
-_NORMALISE = tl.constexpr(NORMALISE_EPSILON)
-_VARIANCE = tl.constexpr(VARIANCE_EPSILON)
+TILE = 32  # rows and columns of a tile of a weight's gradient
+# More samples or columns at a time than these, fewer warps or loads ahead of time would spill.
+SAMPLES_OF_A_PRODUCT = 32
+COLUMNS_OF_A_GRADIENT = 32
+WARPS = 8
 
 
 class Level(NamedTuple):
@@ -70,381 +72,56 @@ class Given(NamedTuple):
     level: Level
 
 
-@triton.jit
-def load_tile(matrix, row, column, rows, columns):  # type: ignore[no-untyped-def]
-    """Some rows and columns of a row-major matrix, zero outside of it."""
-    at = row[:, None].to(tl.int64) * columns + column[None, :]
-    return tl.load(matrix + at, (row < rows)[:, None] & (column < columns)[None, :], 0.0)
+class Upstream(NamedTuple):
+    """The gradients that arrive."""
+
+    d_scale: Tensor  # [B, C]
+    d_clf_out: Tensor  # [B, K]
+    d_gates: Tensor  # [B, 2]
+    d_proxies: Tensor  # [B, 3] or [B, 2]
 
 
-@triton.jit
-def store_tile(matrix, value, row, column, rows, columns):  # type: ignore[no-untyped-def]
-    """The inverse of `load_tile`."""
-    at = row[:, None].to(tl.int64) * columns + column[None, :]
-    tl.store(matrix + at, value, (row < rows)[:, None] & (column < columns)[None, :])
+class OfSamples(NamedTuple):
+    """What the gradient of a sample's gate leaves to the columns, and to the gradients of its weights."""
+
+    gates: Tensor  # [B, 2]
+    centre: Tensor  # [B], mean of the new features
+    d_variances: Tensor  # [B, 2]: of seg (variance gate only), of the new features; before `shared_gradient`
+    d_edges: Tensor  # [B]
+    d_seg_side: Tensor  # [B, P]
+    d_clf_side: Tensor  # [B, P]
+    signals: Tensor  # [B, 3] or [B, 2]
+    d_gate_hidden: Tensor  # [B, H], before its ReLU
+    gate_active: Tensor  # [B, H]
+    d_logits: Tensor  # [B, 2]
 
 
-@triton.jit
-def load_row(vector, column, columns):  # type: ignore[no-untyped-def]
-    """Some elements of a vector as a row, zero outside of it."""
-    return tl.load(vector + column, column < columns, 0.0)[None, :]
+class OfColumns(NamedTuple):
+    """What the gradients of a block of columns leave to the products of matrices."""
+
+    d_context: Tensor  # [B, K]
+    d_clf_gate: Tensor  # [B, K]; the gates' before their sigmoid
+    d_seg_gate: Tensor  # [B, C]
+    d_clf_context: Tensor  # [B, C]
+    gained: Tensor  # [B, K]
+    residual: Tensor  # [B, C]
+    d_norm_weight: Tensor  # [K]
+    d_norm_bias: Tensor  # [K]
+    d_mean: Tensor  # [B, C]; this and d_clf without what reaches them through a linear layer
+    d_variance: Tensor  # [B, C]
+    d_clf: Tensor  # [B, K]
 
 
-@triton.jit
-def sigmoid(value):  # type: ignore[no-untyped-def]
-    """NaN stays NaN."""
-    return 1.0 / (1.0 + tl.exp(-value))
+class Product(NamedTuple):
+    """``leftᵀ @ right`` and the sums of left's columns, gradients of a weight and its bias; or ``left @ right``."""
 
-
-@triton.jit
-def log1p(value):  # type: ignore[no-untyped-def]
-    """Corrected for what rounding ``1 + value`` has lost."""
-    grown = 1.0 + value
-    lost = tl.where(grown == 1.0, 1.0, grown - 1.0)
-    return tl.where(grown == 1.0, value, tl.log(grown) * (value / lost))
-
-
-@triton.jit
-def linear(inputs, weight, bias, b, o, batch, outputs, width, PRECISION: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows ``b`` and columns ``o`` of ``inputs @ weightᵀ + bias``."""
-    total = tl.zeros((b.shape[0], o.shape[0]), tl.float32)
-    for first in range(0, width, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        kernel = load_tile(weight, o, i, outputs, width)
-        total = tl.dot(load_tile(inputs, b, i, batch, width), tl.trans(kernel), total, input_precision=PRECISION)
-    return total + load_row(bias, o, outputs)
-
-
-@triton.jit
-def normal_of(columns, level, b, k):  # type: ignore[no-untyped-def]
-    """The hidden features minus their mean, over their standard deviation; and one over that."""
-    inverse = 1.0 / tl.sqrt(tl.load(columns.batch_var + k, k < level.features, 1.0) + level.eps)[None, :]
-    active = relu(load_tile(columns.hidden, b, k, level.batch, level.features))
-    return (active - load_row(columns.batch_mean, k, level.features)) * inverse, inverse
-
-
-@triton.jit
-def context_of(columns, weights, level, b, k):  # type: ignore[no-untyped-def]
-    """Rows ``b`` and columns ``k`` of the context."""
-    normal, _ = normal_of(columns, level, b, k)
-    scale, shift = load_row(weights.norm_weight, k, level.features), load_row(weights.norm_bias, k, level.features)
-    return normal * scale + shift
-
-
-@triton.jit
-def store_projected(  # type: ignore[no-untyped-def]
-    parts, value, projection, b, i, block, width, level, PRECISION: tl.constexpr, BLOCK: tl.constexpr
-):
-    """What the columns ``i`` of ``value`` contribute to ``value @ projectionᵀ``."""
-    parts += block.to(tl.int64) * level.batch * level.projection
-    for first in range(0, level.projection, BLOCK):
-        p = first + tl.arange(0, BLOCK)
-        kernel = load_tile(projection, p, i, level.projection, width)
-        side = tl.dot(value, tl.trans(kernel), input_precision=PRECISION)
-        store_tile(parts, side, b, p, level.batch, level.projection)
-
-
-@triton.jit
-def columns_of_inputs(  # type: ignore[no-untyped-def]
-    clf,
-    stats,
-    weights,
-    gate,
-    columns,
-    level,
-    SIGNALS: tl.constexpr,
-    TRAINING: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """Hidden features and their moments over the batch, by blocks of K; then the gates of seg, by blocks of C and B."""
-    program, k_blocks = tl.program_id(0), tl.cdiv(level.features, BLOCK_O)
-    if program < k_blocks:
-        k = program * BLOCK_O + tl.arange(0, BLOCK_O)
-        mean, squares = tl.zeros((BLOCK_O,), tl.float32), tl.zeros((BLOCK_O,), tl.float32)
-        for first in range(0, level.batch, BLOCK_B):
-            b = first + tl.arange(0, BLOCK_B)
-            hidden = linear(
-                stats.pooled,
-                weights.dense_weight,
-                weights.dense_bias,
-                b,
-                k,
-                level.batch,
-                level.features,
-                level.hidden,
-                PRECISION,
-                BLOCK_I,
-            )
-            store_tile(columns.hidden, hidden, b, k, level.batch, level.features)
-            if TRAINING:
-                # Blocks of samples are merged by their means and squares around them, which cancels nothing.
-                inside = (b < level.batch)[:, None]
-                active = tl.where(inside, relu(hidden), 0.0)
-                members = 1.0 * tl.minimum(level.batch - first, BLOCK_B)
-                block_mean = tl.sum(active, 0) / members
-                centred = tl.where(inside, active - block_mean[None, :], 0.0)
-                apart, share = block_mean - mean, members / (first + members)
-                mean += apart * share
-                squares += tl.sum(centred * centred, 0) + apart * apart * share * first
-        if TRAINING:
-            tl.store(columns.batch_mean + k, mean, k < level.features)
-            tl.store(columns.batch_var + k, squares / level.batch, k < level.features)
-    else:
-        c_blocks = tl.cdiv(level.channels, BLOCK_O)
-        c_block = (program - k_blocks) % c_blocks
-        c = c_block * BLOCK_O + tl.arange(0, BLOCK_O)
-        b = (program - k_blocks) // c_blocks * BLOCK_B + tl.arange(0, BLOCK_B)
-        batch, channels = level.batch, level.channels
-        seg_gate = sigmoid(
-            linear(
-                stats.mean,
-                weights.seg_gate_weight,
-                weights.seg_gate_bias,
-                b,
-                c,
-                batch,
-                channels,
-                channels,
-                PRECISION,
-                BLOCK_I,
-            )
-        )
-        clf_context = sigmoid(
-            linear(
-                clf,
-                weights.clf_to_seg_weight,
-                weights.clf_to_seg_bias,
-                b,
-                c,
-                batch,
-                channels,
-                level.features,
-                PRECISION,
-                BLOCK_I,
-            )
-        )
-        store_tile(columns.seg_gate, seg_gate, b, c, batch, channels)
-        store_tile(columns.clf_context, clf_context, b, c, batch, channels)
-        amplified = level.strength * seg_gate * clf_context
-        if SIGNALS == "proxies":
-            residual = amplified * load_tile(stats.mean, b, c, batch, channels)
-            store_projected(
-                columns.seg_parts, residual, gate.seg_projection, b, c, c_block, channels, level, PRECISION, BLOCK_I
-            )
-        if SIGNALS == "variance":
-            enhanced = (1.0 + amplified) * (1.0 + amplified) * load_tile(stats.variance, b, c, batch, channels)
-            at = c_block.to(tl.int64) * batch + b
-            tl.store(columns.seg_parts + at, tl.sum(enhanced, 1), b < batch)
-
-
-@triton.jit
-def columns_of_context(  # type: ignore[no-untyped-def]
-    clf,
-    weights,
-    gate,
-    columns,
-    level,
-    SIGNALS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """The context and the gate of clf, which needs all of the context, by blocks of K and B."""
-    k_blocks, features = tl.cdiv(level.features, BLOCK_O), level.features
-    k_block = tl.program_id(0) % k_blocks
-    k = k_block * BLOCK_O + tl.arange(0, BLOCK_O)
-    b = tl.program_id(0) // k_blocks * BLOCK_B + tl.arange(0, BLOCK_B)
-    logit = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
-    for first in range(0, features, BLOCK_I):
-        i = first + tl.arange(0, BLOCK_I)
-        kernel = load_tile(weights.clf_gate_weight, k, i, features, features)
-        logit = tl.dot(context_of(columns, weights, level, b, i), tl.trans(kernel), logit, input_precision=PRECISION)
-    clf_gate = sigmoid(logit + load_row(weights.clf_gate_bias, k, features))
-    context = context_of(columns, weights, level, b, k)
-    store_tile(columns.context, context, b, k, level.batch, features)
-    store_tile(columns.clf_gate, clf_gate, b, k, level.batch, features)
-    gained = clf_gate * context
-    if SIGNALS != "none":
-        inside = (k < features)[None, :]
-        enhanced = tl.where(inside, load_tile(clf, b, k, level.batch, features) + gained, 0.0)
-        total = tl.sum(enhanced, 1)
-        centred = tl.where(inside, enhanced - (total / tl.minimum(features - k_block * BLOCK_O, BLOCK_O))[:, None], 0.0)
-        at = columns.moments + k_block.to(tl.int64) * level.batch + b
-        tl.store(at, total, b < level.batch)
-        tl.store(at + k_blocks.to(tl.int64) * level.batch, tl.sum(centred * centred, 1), b < level.batch)
-    if SIGNALS == "proxies":
-        store_projected(
-            columns.clf_parts, gained, gate.clf_projection, b, k, k_block, features, level, PRECISION, BLOCK_I
-        )
-
-
-@triton.jit
-def add_parts(parts, at, inside, blocks, stride, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Σ of what the ``blocks`` of columns left at the elements ``at``, a whole ``stride`` apart."""
-    total = tl.zeros((at.shape[0],), tl.float32)
-    for first in range(0, blocks, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)
-        place = t[:, None].to(tl.int64) * stride + at[None, :]
-        total += tl.sum(tl.load(parts + place, (t < blocks)[:, None] & inside[None, :], 0.0), 0)
-    return total
-
-
-@triton.jit
-def side_of(parts, sample, p, blocks, level, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A sample's projected vector."""
-    stride = level.projection * tl.full((), 1, tl.int64) * level.batch
-    return add_parts(parts, sample * level.projection + p, p < level.projection, blocks, stride, BLOCK_T)
-
-
-@triton.jit
-def seg_variance_of(columns, level, b, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mean over the channels of the enhanced dense stream's variance, of the samples ``b``."""
-    blocks = tl.cdiv(level.channels, BLOCK_O)
-    return add_parts(columns.seg_parts, b, b < level.batch, blocks, level.batch, BLOCK_T) / level.channels
-
-
-@triton.jit
-def clf_variance_of(columns, level, b, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mean and variance over the new features of the samples ``b``."""
-    blocks, inside = tl.cdiv(level.features, BLOCK_O), b < level.batch
-    mean = add_parts(columns.moments, b, inside, blocks, level.batch, BLOCK_T) / level.features
-    squares = tl.zeros((b.shape[0],), tl.float32)
-    for first in range(0, blocks, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)
-        valid = (t < blocks)[:, None] & inside[None, :]
-        at = columns.moments + t[:, None].to(tl.int64) * level.batch + b[None, :]
-        members = tl.maximum(tl.minimum(level.features - t * BLOCK_O, BLOCK_O), 1)[:, None]
-        apart = tl.load(at, valid, 0.0) / members - mean[None, :]
-        around = tl.load(at + blocks.to(tl.int64) * level.batch, valid, 0.0)
-        squares += tl.sum(tl.where(valid, around + members * apart * apart, 0.0), 0)
-    return mean, squares / level.features
-
-
-@triton.jit
-def inverse_norm(squared):  # type: ignore[no-untyped-def]
-    """One over the norm, which is bounded from below; NaN stays NaN."""
-    return 1.0 / tl.sqrt(tl.where(squared < _NORMALISE, _NORMALISE, squared))
-
-
-@triton.jit
-def signals_of_sample(  # type: ignore[no-untyped-def]
-    edges,
-    columns,
-    level,
-    sample,
-    SIGNALS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Inputs of the gate's network; mean and variance of the new features; what the signals were divided by.
-
-    There are two inputs and a zero with ``variance``, whose divisors are the batch's typical signals; with ``proxies``
-    the divisors are the squared norms of both projections.
-    """
-    own = sample + tl.arange(0, 1)
-    centre, clf_variance = clf_variance_of(columns, level, own, BLOCK_O, BLOCK_T)
-    centre, clf_variance = tl.sum(centre), tl.sum(clf_variance)
-    by_seg, by_clf = 0.0, 0.0
-    if SIGNALS == "proxies":
-        product = 0.0
-        c_blocks, k_blocks = tl.cdiv(level.channels, BLOCK_O), tl.cdiv(level.features, BLOCK_O)
-        for first in range(0, level.projection, BLOCK_I):
-            p = first + tl.arange(0, BLOCK_I)
-            seg = side_of(columns.seg_parts, sample, p, c_blocks, level, BLOCK_T)
-            clf = side_of(columns.clf_parts, sample, p, k_blocks, level, BLOCK_T)
-            product += tl.sum(seg * clf)
-            by_seg += tl.sum(seg * seg)
-            by_clf += tl.sum(clf * clf)
-        alignment = product * inverse_norm(by_seg) * inverse_norm(by_clf)
-        return alignment, tl.load(edges + sample), log1p(clf_variance), centre, clf_variance, by_seg, by_clf
-    else:
-        for first in range(0, level.batch, BLOCK_T):
-            b = first + tl.arange(0, BLOCK_T)
-            _, variance = clf_variance_of(columns, level, b, BLOCK_O, BLOCK_T)
-            by_seg += tl.sum(seg_variance_of(columns, level, b, BLOCK_O, BLOCK_T))
-            by_clf += tl.sum(variance)
-        by_seg, by_clf = by_seg / level.batch + _VARIANCE, by_clf / level.batch + _VARIANCE
-        seg_variance = tl.sum(seg_variance_of(columns, level, own, BLOCK_O, BLOCK_T))
-        return seg_variance / by_seg, clf_variance / by_clf, 0.0, centre, clf_variance, by_seg, by_clf
-
-
-@triton.jit
-def gate_neurons(first, second, third, gate, level, j, SIGNALS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The hidden layer ``j`` of the gate's network before its ReLU, and the weights of its inputs."""
-    inside = j < level.gate_hidden
-    width: tl.constexpr = 3 if SIGNALS == "proxies" else 2
-    of_first = tl.load(gate.hidden_weight + j * width, inside, 0.0)
-    of_second = tl.load(gate.hidden_weight + j * width + 1, inside, 0.0)
-    hidden = tl.load(gate.hidden_bias + j, inside, 0.0) + of_first * first + of_second * second
-    of_third = tl.zeros((j.shape[0],), tl.float32)
-    if SIGNALS == "proxies":
-        of_third = tl.load(gate.hidden_weight + j * width + 2, inside, 0.0)
-        hidden += of_third * third
-    return hidden, of_first, of_second, of_third
-
-
-@triton.jit
-def gates_of_signals(first, second, third, gate, level, SIGNALS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Share of the interaction that reaches seg, and clf."""
-    of_seg, of_clf = tl.load(gate.output_bias), tl.load(gate.output_bias + 1)
-    for start in range(0, level.gate_hidden, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        hidden, _, _, _ = gate_neurons(first, second, third, gate, level, j, SIGNALS)
-        of_seg += tl.sum(relu(hidden) * tl.load(gate.output_weight + j, j < level.gate_hidden, 0.0))
-        of_clf += tl.sum(relu(hidden) * tl.load(gate.output_weight + level.gate_hidden + j, j < level.gate_hidden, 0.0))
-    if SIGNALS == "proxies":
-        return sigmoid(of_seg), sigmoid(of_clf)
-    else:
-        return sigmoid(of_seg - of_clf), sigmoid(of_clf - of_seg)
-
-
-@triton.jit
-def results_of_samples(  # type: ignore[no-untyped-def]
-    clf,
-    edges,
-    gate,
-    columns,
-    level,
-    scale,
-    clf_out,
-    gates,
-    proxies,
-    SIGNALS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """The gate of a sample, if there is one, and the results."""
-    sample = tl.program_id(0).to(tl.int64)
-    seg_share, clf_share = 1.0, 1.0
-    if SIGNALS != "none":
-        alignment, seg_energy, clf_energy, _, _, _, _ = signals_of_sample(
-            edges, columns, level, sample, SIGNALS, BLOCK_O, BLOCK_I, BLOCK_T
-        )
-        seg_share, clf_share = gates_of_signals(alignment, seg_energy, clf_energy, gate, level, SIGNALS, BLOCK_I)
-        tl.store(gates + 2 * sample, seg_share)
-        tl.store(gates + 2 * sample + 1, clf_share)
-        width: tl.constexpr = 3 if SIGNALS == "proxies" else 2
-        tl.store(proxies + width * sample, alignment)
-        tl.store(proxies + width * sample + 1, seg_energy)
-        if SIGNALS == "proxies":
-            tl.store(proxies + width * sample + 2, clf_energy)
-    for first in range(0, level.channels, BLOCK):
-        c = first + tl.arange(0, BLOCK)
-        at, inside = sample * level.channels + c, c < level.channels
-        amplified = level.strength * tl.load(columns.seg_gate + at, inside) * tl.load(columns.clf_context + at, inside)
-        tl.store(scale + at, 1.0 + seg_share * amplified, inside)
-    for first in range(0, level.features, BLOCK):
-        k = first + tl.arange(0, BLOCK)
-        at, inside = sample * level.features + k, k < level.features
-        gained = tl.load(columns.clf_gate + at, inside) * tl.load(columns.context + at, inside)
-        tl.store(clf_out + at, tl.load(clf + at, inside) + clf_share * gained, inside)
+    left: Tensor  # [B, height]
+    right: Tensor  # [B, width], or the weight [height, width] whose input's gradient is wanted
+    out: Tensor  # [height, width], or [B, width] to which the product is added
+    bias: Tensor  # [height]
+    height: int
+    width: int
+    start: int  # number of its first tile
 
 
 def level_vectors(
@@ -454,7 +131,7 @@ def level_vectors(
 
     Without a gate there are no gates and proxies, in inference no batch statistics: these are empty.
     """
-    given = given_vectors(stats, clf, weights, gate, options)
+    given = _given_vectors(stats, clf, weights, gate, options)
     level, proxies = given.level, PROXIES[options.signals]
     new = stats.mean.new_empty
     scale, clf_out = new(level.batch, level.channels), new(level.batch, level.features)
@@ -463,7 +140,7 @@ def level_vectors(
     if not level.batch:
         norm = stats.mean.new_full((level.features if options.training else 0,), torch.nan)
         return scale, clf_out, gates, signals, norm, norm.clone()
-    columns = columns_of(given, options)
+    columns = _columns_of(given, options)
     launch(
         results_of_samples,
         level.batch,
@@ -476,14 +153,96 @@ def level_vectors(
         clf_out,
         gates,
         signals,
-        **sample_blocks(level, options),
-        num_warps=4,
+        **_sample_blocks(level, options),
     )
-    norm = (columns.batch_mean, columns.batch_var) if options.training else (new(0), new(0))
-    return scale, clf_out, gates, signals, *norm
+    if not options.training:
+        return scale, clf_out, gates, signals, new(0), new(0)
+    return scale, clf_out, gates, signals, columns.batch_mean, columns.batch_var
 
 
-def given_vectors(
+def level_backward(
+    stats: Statistics,
+    clf: Tensor,
+    weights: InteractionWeights,
+    gate: GateWeights | None,
+    options: LevelOptions,
+    *,
+    d_scale: Tensor,
+    d_clf_out: Tensor,
+    d_gates: Tensor,
+    d_proxies: Tensor,
+) -> LevelGradient:
+    """See ``vectors_backward.level_backward``: ``[B, C]``, ``[B, K]``, ``[B, 2]`` and ``[B, P]`` upstream."""
+    given = _given_vectors(stats, clf, weights, gate, options)
+    new, level = stats.mean.new_empty, given.level
+    d_pooled = new(stats.pooled.shape)
+    d_weights = [new(w.shape) for w in (*weights[3:7], *weights[9:])]
+    d_gate = [new(w.shape) for w in gate or () if w is not None]
+    of_samples, of_columns = _gradients(given, options, d_weights)
+    d_stats = [of_columns.d_mean, of_columns.d_variance, of_samples.d_edges, d_pooled]
+    result = LevelGradient(d_stats, of_columns.d_clf, d_weights, d_gate)
+    if not level.batch:
+        for gradient in (*d_weights, *d_gate):
+            gradient.zero_()
+        return result
+    upstream = Upstream(*(d.contiguous() for d in (d_scale, d_clf_out, d_gates, d_proxies)))
+    columns = _columns_of(given, options)
+    if gate is not None:
+        launch(
+            gate_gradient,
+            level.batch,
+            given.clf,
+            given.stats.edges,
+            given.gate,
+            columns,
+            level,
+            upstream,
+            of_samples,
+            **_sample_blocks(level, options),
+        )
+    b_blocks, k_blocks = triton.cdiv(level.batch, _sample_block(level)), triton.cdiv(level.features, NARROW)
+    launch(
+        columns_gradient,
+        k_blocks + triton.cdiv(level.channels, NARROW) * b_blocks,
+        given.clf,
+        given.stats,
+        given.weights,
+        given.gate,
+        columns,
+        level,
+        upstream,
+        of_samples,
+        of_columns,
+        SIGNALS=options.signals,
+        **_column_blocks(level) | {"BLOCK_I": COLUMNS_OF_A_GRADIENT, "num_warps": WARPS, "num_stages": 1},
+    )
+    of_inputs, input_tiles = _products_of_inputs(given, of_columns, d_pooled)
+    of_weights, weight_tiles = _products_of_weights(given, columns, of_samples, of_columns, result)
+    launch(
+        products_of_level,
+        input_tiles + weight_tiles,
+        given.clf,
+        given.weights,
+        columns,
+        level,
+        of_columns,
+        of_inputs,
+        of_weights,
+        input_tiles,
+        INPUTS=len(of_inputs),
+        WEIGHTS=len(of_weights),
+        TRAINING=options.training,
+        PRECISION=product_precision(),
+        BLOCK_B=_sample_block(level, SAMPLES_OF_A_PRODUCT),
+        BLOCK_I=WIDE,
+        TILE=TILE,
+        num_warps=WARPS,
+        maxnreg=MOST_REGISTERS,
+    )
+    return result
+
+
+def _given_vectors(
     stats: Statistics, clf: Tensor, weights: InteractionWeights, gate: GateWeights | None, options: LevelOptions
 ) -> Given:
     """The arguments of a level in the form that the kernels take."""
@@ -501,7 +260,7 @@ def given_vectors(
     )
 
 
-def columns_of(given: Given, options: LevelOptions) -> Columns:
+def _columns_of(given: Given, options: LevelOptions) -> Columns:
     """The first two launches."""
     level, weights, new = given.level, given.weights, given.clf.new_empty
     batch, channels, features = level[:3]
@@ -519,7 +278,7 @@ def columns_of(given: Given, options: LevelOptions) -> Columns:
         new(k_blocks, batch, level.projection),
         new(2, k_blocks, batch),
     )
-    blocks, b_blocks = column_blocks(level), triton.cdiv(batch, sample_block(level))
+    blocks, b_blocks = _column_blocks(level), triton.cdiv(batch, _sample_block(level))
     launch(
         columns_of_inputs,
         k_blocks + c_blocks * b_blocks,
@@ -547,22 +306,98 @@ def columns_of(given: Given, options: LevelOptions) -> Columns:
     return columns
 
 
-def sample_block(level: Level) -> int:
+def _sample_block(level: Level, most: int = 64) -> int:
     """Samples that a product takes at a time."""
-    return power_of_two(level.batch, 16, 64)
+    return power_of_two(level.batch, 16, most)
 
 
-def column_blocks(level: Level) -> dict[str, Any]:
+def _column_blocks(level: Level) -> dict[str, Any]:
     """How the kernels that take a block of columns compute."""
-    blocks = {"BLOCK_B": sample_block(level), "BLOCK_O": NARROW, "BLOCK_I": WIDE}
+    blocks = {"BLOCK_B": _sample_block(level), "BLOCK_O": NARROW, "BLOCK_I": WIDE}
     return {"PRECISION": product_precision(), "num_warps": 4, "maxnreg": MOST_REGISTERS, **blocks}
 
 
-def sample_blocks(level: Level, options: LevelOptions) -> dict[str, Any]:
+def _sample_blocks(level: Level, options: LevelOptions) -> dict[str, Any]:
     """How the kernels that take one sample compute."""
     block = power_of_two(max(level.channels, level.features), 16, 1024)
-    return {"SIGNALS": options.signals, "BLOCK": block, "BLOCK_O": NARROW, "BLOCK_I": WIDE, "BLOCK_T": PARTS}
+    samples = power_of_two(level.batch, 1, 128)  # the variance gate goes through the parts of all samples
+    blocks = {"BLOCK": block, "BLOCK_O": NARROW, "BLOCK_I": WIDE, "BLOCK_T": PARTS, "BLOCK_S": samples}
+    return {"SIGNALS": options.signals, "num_warps": 4, "maxnreg": MOST_REGISTERS, **blocks}
 
 
 def _dense(vectors: tuple[Tensor | None, ...]) -> list[Any]:
     return [None if v is None else v.contiguous() for v in vectors]
+
+
+def _gradients(given: Given, options: LevelOptions, d_weights: list[Tensor]) -> tuple[OfSamples, OfColumns]:
+    """What the third and the fourth launch write; empty where there is none."""
+    new, (batch, channels, features, _, projection, gate_hidden) = given.clf.new_empty, given.level[:6]
+    signals, gated = options.signals, given.gate is not None
+    proxies = signals == "proxies"
+    of_samples = OfSamples(
+        new(batch, 2 if gated else 0),
+        new(batch if gated else 0),
+        new(batch, 2 if gated else 0),
+        new(batch if proxies else 0),
+        new(batch, projection),
+        new(batch, projection),
+        new(batch, PROXIES[signals]),
+        new(batch, gate_hidden),
+        new(batch, gate_hidden),
+        new(batch, 2 if gated else 0),
+    )
+    of_columns = OfColumns(
+        new(batch, features),
+        new(batch, features),
+        new(batch, channels),
+        new(batch, channels),
+        new(batch, features if proxies else 0),
+        new(batch, channels if proxies else 0),
+        d_weights[2],
+        d_weights[3],
+        new(batch, channels),
+        new((batch, channels) if signals == "variance" else 0),
+        new(batch, features),
+    )
+    return of_samples, of_columns
+
+
+def _products_of_inputs(given: Given, of: OfColumns, d_pooled: Tensor) -> tuple[tuple[Product, ...], int]:
+    weights, level = given.weights, given.level
+    rows = triton.cdiv(level.batch, _sample_block(level, SAMPLES_OF_A_PRODUCT))
+    products, tiles = [], 0
+    for left, weight, out in (
+        (of.d_context, weights.dense_weight, d_pooled),
+        (of.d_seg_gate, weights.seg_gate_weight, of.d_mean),
+        (of.d_clf_context, weights.clf_to_seg_weight, of.d_clf),
+    ):
+        height, width = weight.shape
+        products.append(Product(left, weight, out, out, height, width, tiles))
+        tiles += rows * triton.cdiv(width, TILE)
+    return tuple(products), tiles
+
+
+def _products_of_weights(
+    given: Given, columns: Columns, of_samples: OfSamples, of: OfColumns, result: LevelGradient
+) -> tuple[tuple[Product, ...], int]:
+    stats, d_weights, d_gate = given.stats, result.weights, result.gate
+    pairs = [
+        (of.d_context, stats.pooled, *d_weights[:2]),
+        (of.d_clf_gate, columns.context, *d_weights[4:6]),
+        (of.d_seg_gate, stats.mean, *d_weights[6:8]),
+        (of.d_clf_context, given.clf, *d_weights[8:10]),
+    ]
+    if len(d_gate) == len(GateWeights._fields):
+        # The projections have no bias; nobody reads its gradient.
+        unused = d_gate[0].new_empty(d_gate[0].shape[0])
+        pairs += [(of_samples.d_seg_side, of.residual, d_gate[0], unused)]
+        pairs += [(of_samples.d_clf_side, of.gained, d_gate[1], torch.empty_like(unused))]
+    if d_gate:
+        pairs += [(of_samples.d_gate_hidden, of_samples.signals, *d_gate[-4:-2])]
+        pairs += [(of_samples.d_logits, of_samples.gate_active, *d_gate[-2:])]
+    products, tiles = [], 0
+    for left, right, out, bias in pairs:
+        height, width = out.shape
+        products.append(Product(left, right, out, bias, height, width, tiles))
+        tiles += triton.cdiv(height, TILE) * triton.cdiv(width, TILE)
+    return tuple(products), tiles

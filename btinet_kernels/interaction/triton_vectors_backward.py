@@ -1,98 +1,28 @@
-"""Gradients of a level's vectors on NVIDIA GPUs: five launches.
+"""Triton kernels of the gradient through the vectors between the passes.
 
-The first two launches of the forward once more, then back: through the gate by samples, through the sigmoids and the
-batch normalisation by columns, and at last every product of matrices that is left, as one list of tiles.
 A name ``d_x`` is the gradient with respect to ``x``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from btinet_kernels.interaction.passes_op import LevelOptions
-from btinet_kernels.interaction.reference import NORMALISE_EPSILON, GateWeights, InteractionWeights, Statistics
-from btinet_kernels.interaction.triton_tiles import launch, relu
-from btinet_kernels.interaction.triton_vectors import (
-    NARROW,
-    PROXIES,
-    Columns,
-    Given,
-    column_blocks,
-    columns_of,
+from btinet_kernels.interaction.reference import NORMALISE_EPSILON
+from btinet_kernels.interaction.triton_tiles import relu
+from btinet_kernels.interaction.triton_vectors_forward import (
     gate_neurons,
     gates_of_signals,
-    given_vectors,
     inverse_norm,
     load_row,
     load_tile,
     normal_of,
-    sample_block,
-    sample_blocks,
     side_of,
     signals_of_sample,
     store_tile,
 )
-from btinet_kernels.interaction.vectors_backward import LevelGradient
 
-TILE = 32  # rows and columns of a tile of a weight's gradient
 _NORMALISE = tl.constexpr(NORMALISE_EPSILON)
-
-
-class Upstream(NamedTuple):
-    """The gradients that arrive."""
-
-    d_scale: Tensor  # [B, C]
-    d_clf_out: Tensor  # [B, K]
-    d_gates: Tensor  # [B, 2]
-    d_proxies: Tensor  # [B, 3] or [B, 2]
-
-
-class OfSamples(NamedTuple):
-    """What the gradient of a sample's gate leaves to the columns, and to the gradients of its weights."""
-
-    gates: Tensor  # [B, 2]
-    centre: Tensor  # [B], mean of the new features
-    d_variances: Tensor  # [B, 2]: of seg (variance gate only), of the new features; before `shared_gradient`
-    d_edges: Tensor  # [B]
-    d_seg_side: Tensor  # [B, P]
-    d_clf_side: Tensor  # [B, P]
-    signals: Tensor  # [B, 3] or [B, 2]
-    d_gate_hidden: Tensor  # [B, H], before its ReLU
-    gate_active: Tensor  # [B, H]
-    d_logits: Tensor  # [B, 2]
-
-
-class OfColumns(NamedTuple):
-    """What the gradients of a block of columns leave to the products of matrices."""
-
-    d_context: Tensor  # [B, K]
-    d_clf_gate: Tensor  # [B, K]; the gates' before their sigmoid
-    d_seg_gate: Tensor  # [B, C]
-    d_clf_context: Tensor  # [B, C]
-    gained: Tensor  # [B, K]
-    residual: Tensor  # [B, C]
-    d_norm_weight: Tensor  # [K]
-    d_norm_bias: Tensor  # [K]
-    d_mean: Tensor  # [B, C]; this and d_clf without what reaches them through a linear layer
-    d_variance: Tensor  # [B, C]
-    d_clf: Tensor  # [B, K]
-
-
-class Product(NamedTuple):
-    """``leftᵀ @ right`` and the sums of left's columns, gradients of a weight and its bias; or ``left @ right``."""
-
-    left: Tensor  # [B, height]
-    right: Tensor  # [B, width], or the weight [height, width] whose input's gradient is wanted
-    out: Tensor  # [height, width], or [B, width] to which the product is added
-    bias: Tensor  # [height]
-    height: int
-    width: int
-    start: int  # number of its first tile
 
 
 @triton.jit
@@ -109,6 +39,7 @@ def gate_gradient(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """Back from a sample's results through its gate to the signals."""
     sample = tl.program_id(0).to(tl.int64)
@@ -127,7 +58,7 @@ def gate_gradient(  # type: ignore[no-untyped-def]
         d_clf_share += tl.sum(tl.load(upstream.d_clf_out + at, inside, 0.0) * gained)
 
     first, second, third, centre, clf_variance, by_seg, by_clf = signals_of_sample(
-        edges, columns, level, sample, SIGNALS, BLOCK_O, BLOCK_I, BLOCK_T
+        edges, columns, level, sample, SIGNALS, BLOCK_O, BLOCK_I, BLOCK_T, BLOCK_S
     )
     seg_share, clf_share = gates_of_signals(first, second, third, gate, level, SIGNALS, BLOCK_I)
     if SIGNALS == "proxies":
@@ -415,158 +346,3 @@ def products_of_level(  # type: ignore[no-untyped-def]
         store_tile(out, d_weight, o, i, height, width)
         if part % blocks == 0:
             tl.store(bias + o, d_bias, o < height)
-
-
-def level_backward(
-    stats: Statistics,
-    clf: Tensor,
-    weights: InteractionWeights,
-    gate: GateWeights | None,
-    options: LevelOptions,
-    *,
-    d_scale: Tensor,
-    d_clf_out: Tensor,
-    d_gates: Tensor,
-    d_proxies: Tensor,
-) -> LevelGradient:
-    """See ``vectors_backward.level_backward``: ``[B, C]``, ``[B, K]``, ``[B, 2]`` and ``[B, P]`` upstream."""
-    given = given_vectors(stats, clf, weights, gate, options)
-    new, level = stats.mean.new_empty, given.level
-    d_pooled = new(stats.pooled.shape)
-    d_weights = [new(w.shape) for w in (*weights[3:7], *weights[9:])]
-    d_gate = [new(w.shape) for w in gate or () if w is not None]
-    of_samples, of_columns = _gradients(given, options, d_weights)
-    d_stats = [of_columns.d_mean, of_columns.d_variance, of_samples.d_edges, d_pooled]
-    result = LevelGradient(d_stats, of_columns.d_clf, d_weights, d_gate)
-    if not level.batch:
-        for gradient in (*d_weights, *d_gate):
-            gradient.zero_()
-        return result
-    upstream = Upstream(*(d.contiguous() for d in (d_scale, d_clf_out, d_gates, d_proxies)))
-    columns = columns_of(given, options)
-    if gate is not None:
-        launch(
-            gate_gradient,
-            level.batch,
-            given.clf,
-            given.stats.edges,
-            given.gate,
-            columns,
-            level,
-            upstream,
-            of_samples,
-            **sample_blocks(level, options),
-            num_warps=4,
-        )
-    b_blocks, k_blocks = triton.cdiv(level.batch, sample_block(level)), triton.cdiv(level.features, NARROW)
-    launch(
-        columns_gradient,
-        k_blocks + triton.cdiv(level.channels, NARROW) * b_blocks,
-        given.clf,
-        given.stats,
-        given.weights,
-        given.gate,
-        columns,
-        level,
-        upstream,
-        of_samples,
-        of_columns,
-        SIGNALS=options.signals,
-        **column_blocks(level),
-    )
-    of_inputs, input_tiles = _products_of_inputs(given, of_columns, d_pooled)
-    of_weights, weight_tiles = _products_of_weights(given, columns, of_samples, of_columns, result)
-    blocks = column_blocks(level)
-    del blocks["BLOCK_O"]
-    launch(
-        products_of_level,
-        input_tiles + weight_tiles,
-        given.clf,
-        given.weights,
-        columns,
-        level,
-        of_columns,
-        of_inputs,
-        of_weights,
-        input_tiles,
-        INPUTS=len(of_inputs),
-        WEIGHTS=len(of_weights),
-        TRAINING=options.training,
-        TILE=TILE,
-        **blocks,
-    )
-    return result
-
-
-def _gradients(given: Given, options: LevelOptions, d_weights: list[Tensor]) -> tuple[OfSamples, OfColumns]:
-    """What the third and the fourth launch write; empty where there is none."""
-    new, (batch, channels, features, _, projection, gate_hidden) = given.clf.new_empty, given.level[:6]
-    signals, gated = options.signals, given.gate is not None
-    proxies = signals == "proxies"
-    of_samples = OfSamples(
-        new(batch, 2 if gated else 0),
-        new(batch if gated else 0),
-        new(batch, 2 if gated else 0),
-        new(batch if proxies else 0),
-        new(batch, projection),
-        new(batch, projection),
-        new(batch, PROXIES[signals]),
-        new(batch, gate_hidden),
-        new(batch, gate_hidden),
-        new(batch, 2 if gated else 0),
-    )
-    of_columns = OfColumns(
-        new(batch, features),
-        new(batch, features),
-        new(batch, channels),
-        new(batch, channels),
-        new(batch, features if proxies else 0),
-        new(batch, channels if proxies else 0),
-        d_weights[2],
-        d_weights[3],
-        new(batch, channels),
-        new((batch, channels) if signals == "variance" else 0),
-        new(batch, features),
-    )
-    return of_samples, of_columns
-
-
-def _products_of_inputs(given: Given, of: OfColumns, d_pooled: Tensor) -> tuple[tuple[Product, ...], int]:
-    weights, level = given.weights, given.level
-    rows = triton.cdiv(level.batch, sample_block(level))
-    products, tiles = [], 0
-    for left, weight, out in (
-        (of.d_context, weights.dense_weight, d_pooled),
-        (of.d_seg_gate, weights.seg_gate_weight, of.d_mean),
-        (of.d_clf_context, weights.clf_to_seg_weight, of.d_clf),
-    ):
-        height, width = weight.shape
-        products.append(Product(left, weight, out, out, height, width, tiles))
-        tiles += rows * triton.cdiv(width, TILE)
-    return tuple(products), tiles
-
-
-def _products_of_weights(
-    given: Given, columns: Columns, of_samples: OfSamples, of: OfColumns, result: LevelGradient
-) -> tuple[tuple[Product, ...], int]:
-    stats, d_weights, d_gate = given.stats, result.weights, result.gate
-    pairs = [
-        (of.d_context, stats.pooled, *d_weights[:2]),
-        (of.d_clf_gate, columns.context, *d_weights[4:6]),
-        (of.d_seg_gate, stats.mean, *d_weights[6:8]),
-        (of.d_clf_context, given.clf, *d_weights[8:10]),
-    ]
-    if len(d_gate) == len(GateWeights._fields):
-        # The projections have no bias; nobody reads its gradient.
-        unused = d_gate[0].new_empty(d_gate[0].shape[0])
-        pairs += [(of_samples.d_seg_side, of.residual, d_gate[0], unused)]
-        pairs += [(of_samples.d_clf_side, of.gained, d_gate[1], torch.empty_like(unused))]
-    if d_gate:
-        pairs += [(of_samples.d_gate_hidden, of_samples.signals, *d_gate[-4:-2])]
-        pairs += [(of_samples.d_logits, of_samples.gate_active, *d_gate[-2:])]
-    products, tiles = [], 0
-    for left, right, out, bias in pairs:
-        height, width = out.shape
-        products.append(Product(left, right, out, bias, height, width, tiles))
-        tiles += triton.cdiv(height, TILE) * triton.cdiv(width, TILE)
-    return tuple(products), tiles
