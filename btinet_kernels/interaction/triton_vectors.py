@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from btinet_kernels.interaction.passes_op import LevelOptions
@@ -200,10 +199,10 @@ def level_backward(
             of_samples,
             **_sample_blocks(level, options),
         )
-    b_blocks, k_blocks = triton.cdiv(level.batch, _sample_block(level)), triton.cdiv(level.features, NARROW)
+    b_blocks, k_blocks = _blocks(level.batch, _sample_block(level)), _blocks(level.features, NARROW)
     launch(
         columns_gradient,
-        k_blocks + triton.cdiv(level.channels, NARROW) * b_blocks,
+        k_blocks + _blocks(level.channels, NARROW) * b_blocks,
         given.clf,
         given.stats,
         given.weights,
@@ -264,7 +263,7 @@ def _columns_of(given: Given, options: LevelOptions) -> Columns:
     """The first two launches."""
     level, weights, new = given.level, given.weights, given.clf.new_empty
     batch, channels, features = level[:3]
-    c_blocks, k_blocks = triton.cdiv(channels, NARROW), triton.cdiv(features, NARROW)
+    c_blocks, k_blocks = _blocks(channels, NARROW), _blocks(features, NARROW)
     width = {"none": 0, "proxies": level.projection, "variance": 1}[options.signals]
     columns = Columns(
         new(batch, features),
@@ -278,7 +277,7 @@ def _columns_of(given: Given, options: LevelOptions) -> Columns:
         new(k_blocks, batch, level.projection),
         new(2, k_blocks, batch),
     )
-    blocks, b_blocks = _column_blocks(level), triton.cdiv(batch, _sample_block(level))
+    blocks, b_blocks = _column_blocks(level), _blocks(batch, _sample_block(level))
     launch(
         columns_of_inputs,
         k_blocks + c_blocks * b_blocks,
@@ -325,6 +324,11 @@ def _sample_blocks(level: Level, options: LevelOptions) -> dict[str, Any]:
     return {"SIGNALS": options.signals, "num_warps": 4, "maxnreg": MOST_REGISTERS, **blocks}
 
 
+def _blocks(size: int, block: int) -> int:
+    """How many blocks hold ``size``; ``triton.cdiv`` takes longer than an allocation."""
+    return -(-size // block)
+
+
 def _dense(vectors: tuple[Tensor | None, ...]) -> list[Any]:
     return [None if v is None else v.contiguous() for v in vectors]
 
@@ -364,7 +368,7 @@ def _gradients(given: Given, options: LevelOptions, d_weights: list[Tensor]) -> 
 
 def _products_of_inputs(given: Given, of: OfColumns, d_pooled: Tensor) -> tuple[tuple[Product, ...], int]:
     weights, level = given.weights, given.level
-    rows = triton.cdiv(level.batch, _sample_block(level, SAMPLES_OF_A_PRODUCT))
+    rows = _blocks(level.batch, _sample_block(level, SAMPLES_OF_A_PRODUCT))
     products, tiles = [], 0
     for left, weight, out in (
         (of.d_context, weights.dense_weight, d_pooled),
@@ -373,7 +377,7 @@ def _products_of_inputs(given: Given, of: OfColumns, d_pooled: Tensor) -> tuple[
     ):
         height, width = weight.shape
         products.append(Product(left, weight, out, out, height, width, tiles))
-        tiles += rows * triton.cdiv(width, TILE)
+        tiles += rows * _blocks(width, TILE)
     return tuple(products), tiles
 
 
@@ -399,5 +403,5 @@ def _products_of_weights(
     for left, right, out, bias in pairs:
         height, width = out.shape
         products.append(Product(left, right, out, bias, height, width, tiles))
-        tiles += triton.cdiv(height, TILE) * triton.cdiv(width, TILE)
+        tiles += _blocks(height, TILE) * _blocks(width, TILE)
     return tuple(products), tiles
