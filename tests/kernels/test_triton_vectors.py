@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from btinet_kernels.interaction import level_op, vectors_backward
+from btinet_kernels.interaction import level_op, reference, vectors_backward
 from btinet_kernels.interaction.passes_op import LevelOptions
 from btinet_kernels.interaction.reference import NORMALISE_EPSILON, GateWeights, InteractionWeights, Statistics
 
@@ -167,10 +167,13 @@ class TestVectors:
     @pytest.mark.parametrize("side", ["seg_projection", "clf_projection"])
     def test_projections_too_short_to_be_normalised(self, side: str) -> None:
         case = Case("proxies", True, MIDDLE)
-        case.gate = case.gate._replace(**{side: getattr(case.gate, side) * 1e-8})
-        case.gate.seg_projection[:, :] *= 1 + 1e-3
-        squared = (torch.randn(64, MIDDLE[1], device=DEVICE) @ case.gate.seg_projection.t()).square().sum(1)
-        assert (squared < NORMALISE_EPSILON).all() == (side == "seg_projection")
+        stats, clf, weights, gate = case.doubles()
+        enhanced = reference.enhance(stats, clf, weights, strength=0.7, training=True, eps=1e-3)
+        vector = (enhanced.modulation - 1) * stats.mean if side == "seg_projection" else enhanced.clf - clf
+        squared = (vector @ getattr(gate, side).t()).square().sum(1)
+        # Only just too short: the longest one's gradient along itself would show.
+        shorter = (0.5 * NORMALISE_EPSILON / squared.max()).sqrt().float()
+        case.gate = case.gate._replace(**{side: getattr(case.gate, side) * shorter})
         assert largest_error(case.forward(), case.exact_forward()) < case.tolerance
         ours, exact = case.backward(), case.exact_backward()
         # A clipped norm divides by 1e-6: the projection's gradient is that much larger than the others.
@@ -234,13 +237,14 @@ class TestVectors:
         exact = hidden.double().var(0, unbiased=False)
         torch.testing.assert_close(case.forward()[5].double(), exact, rtol=3e-3, atol=0)
 
-    def test_energy_of_features_that_hardly_differ(self) -> None:
+    @pytest.mark.parametrize("spread", [2.0**-16, 2.0**-10])
+    def test_energy_of_features_that_hardly_differ(self, spread: float) -> None:
         case = Case("proxies", False, MIDDLE)
         case.weights.norm_weight.zero_()
         case.weights.norm_bias.zero_()
-        case.clf.copy_(torch.randn_like(case.clf) * 2.0**-16)
+        case.clf.copy_(torch.randn_like(case.clf) * spread)
         exact = case.exact_forward()[3][:, 2]
-        assert exact.max() < 1e-8
+        assert exact.max() < 4 * spread**2
         torch.testing.assert_close(case.forward()[3][:, 2].double(), exact, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("signals", SIGNALS)
