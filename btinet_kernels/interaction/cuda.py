@@ -23,6 +23,12 @@ from btinet_kernels.interaction.pointers import (
 )
 from btinet_kernels.interaction.reference import Context, Statistics
 
+try:  # the vectors between the passes; where there is no Triton, PyTorch computes them
+    from btinet_kernels.interaction.triton_vectors import level_backward as level_backward
+    from btinet_kernels.interaction.triton_vectors import level_vectors as level_vectors
+except ImportError:
+    pass
+
 
 def statistics(
     seg: Tensor, context: Context | None, *, variance: bool, edges: bool, active: bool = False

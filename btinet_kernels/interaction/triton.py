@@ -1,5 +1,7 @@
 """The passes on NVIDIA GPUs: heuristics and launches of the kernels in ``triton_forward`` and ``triton_backward``.
 
+The vectors between them, `level_vectors` and `level_backward`, are those of ``triton_vectors``.
+
 Any strides and one to three spatial axes; float32, float16 and bfloat16 are stored, float32 is what is computed with.
 docs/kernels_gpu.md says what each kernel costs.
 """
@@ -23,6 +25,7 @@ from btinet_kernels.interaction.triton_forward import (
     statistics_of_tiles,
 )
 from btinet_kernels.interaction.triton_tiles import (
+    MOST_REGISTERS,
     channel_block,
     launch,
     layout_of,
@@ -30,6 +33,8 @@ from btinet_kernels.interaction.triton_tiles import (
     power_of_two,
     product_precision,
 )
+from btinet_kernels.interaction.triton_vectors import level_backward as level_backward
+from btinet_kernels.interaction.triton_vectors import level_vectors as level_vectors
 
 # A softmax over the positions needs a tile's whole context in one program; the reference takes wider ones.
 WIDEST_SOFTMAX_CONTEXT = 256
@@ -37,8 +42,6 @@ WIDEST_SOFTMAX_CONTEXT = 256
 WIDEST_FUSED_CONTEXT = 32
 # Eight for each multiprocessor of an H200: with fewer, programs take less work each, whatever that costs.
 ENOUGH_PROGRAMS = 1056
-# Without a limit the assembler spills a few bytes to let one more program reside.
-MOST_REGISTERS = 255
 
 
 def statistics(

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Without a limit the assembler spills a few bytes to let one more program reside.
+MOST_REGISTERS = 255
+
 # The interpreter multiplies the bit patterns of bf16 numbers; it is handed float32 of the same values.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 

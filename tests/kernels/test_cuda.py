@@ -89,6 +89,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         monkeypatch.setattr(cuda, "cuda_module", request.getfixturevalue("emulated"))
         monkeypatch.setattr(cuda, "_device", lambda tensor: nullcontext())
         monkeypatch.setattr(cuda, "_stream", lambda tensor: 0)
+        for vectors in ("level_vectors", "level_backward"):  # they are Triton's, which needs a GPU
+            monkeypatch.delattr(cuda, vectors, raising=False)
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poison(*arguments: Any, **options: Any) -> Tensor:

@@ -21,7 +21,13 @@ SHAPES = [(384, 14), (192, 28), (96, 56), (48, 112)]
 KERNELS = {
     "apply_to_tiles",
     "channel_dot_of_parts",
+    "columns_gradient",
+    "columns_of_context",
+    "columns_of_inputs",
     "combine_sums",
+    "gate_gradient",
+    "products_of_level",
+    "results_of_samples",
     "softmax_context_gradient",
     "statistics_gradient",
     "statistics_of_samples",
@@ -55,7 +61,27 @@ def compile_only(self, *arguments, grid, warmup, **options):
 
 JITFunction.run = compile_only
 from btinet_kernels.interaction import triton as passes
-from btinet_kernels.interaction.reference import Context
+from btinet_kernels.interaction.passes_op import LevelOptions
+from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
+
+def level_of(batch, channels, features, hidden, projection, gate_hidden, vector):
+    weights = InteractionWeights(
+        *(vector(hidden, channels), vector(hidden), None, vector(features, hidden), *[vector(features)] * 5),
+        *(vector(features, features), vector(features), vector(channels, channels), vector(channels)),
+        *(vector(channels, features), vector(channels)),
+    )
+    for signals, width in {"none": 0, "proxies": 3, "variance": 2}.items():
+        gate, proxies, empty = None, width == 3, vector(0)
+        if width:
+            projections = [vector(projection, n) if proxies else None for n in (channels, features)]
+            network = vector(gate_hidden, width), vector(gate_hidden), vector(2, gate_hidden), vector(2)
+            gate = GateWeights(*projections, *network)
+        variance, edges = vector(batch, channels) if width == 2 else empty, vector(batch) if proxies else empty
+        stats = Statistics(vector(batch, channels), variance, edges, vector(batch, hidden), empty, empty)
+        for training in (True, False):
+            given = stats, vector(batch, features), weights, gate, LevelOptions(signals, 0.5, training, 1e-3)
+            scale, clf, gates, proxies_of, *_ = passes.level_vectors(*given)
+            passes.level_backward(*given, d_scale=scale, d_clf_out=clf, d_gates=gates, d_proxies=proxies_of)
 
 for case in cases:
     channels, side, batch, dtype, layout, pool = case.split(",")
@@ -63,6 +89,10 @@ for case in cases:
     seg = seg.to(memory_format=getattr(torch, layout))
     vector = lambda *shape: torch.empty(*shape, device="meta")
     hidden = max(1, int(channels) // 2)
+    if pool == "vectors":  # between the passes: those of BTI-Net's levels, or all of size one
+        more = (256, hidden, 64, 32) if int(channels) > 1 else (1, 1, 1, 1)
+        level_of(int(batch), int(channels), *more, vector)
+        continue
     context = None
     if pool != "none":
         context = Context(vector(hidden, int(channels)), vector(hidden), vector(hidden) if pool == "softmax" else None)
@@ -115,6 +145,9 @@ def test_a_few_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
         (96, 56, 8, "float32", "contiguous_format", "softmax"),
         (1792, 7, 8, "float32", "channels_last", "gap"),
         (1, 1, 1, "float32", "contiguous_format", "gap"),  # sizes of one are constants to the compiler
+        (384, 14, 8, "float32", "channels_last", "vectors"),
+        (48, 112, 128, "float32", "channels_last", "vectors"),
+        (1, 1, 1, "float32", "channels_last", "vectors"),
     ]
     check(capability, cases, tmp_path)
 
@@ -127,6 +160,7 @@ def test_all_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
     cases = [
         (*shape, batch, *rest) for shape in SHAPES for batch in (8, 128) for rest in product(dtypes, layouts, pools)
     ]
+    cases += [(*shape, batch, "float32", "channels_last", "vectors") for shape in SHAPES for batch in (8, 128)]
     check(capability, [*cases, (192, 28, 8, "float16", "channels_last", "gap")], tmp_path)
 
 
