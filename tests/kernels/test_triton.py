@@ -40,9 +40,21 @@ def seeded() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="these tests run here directly")
-def test_interpreted_in_a_process_of_its_own() -> None:
+@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_interpreted_in_a_process_of_its_own(part: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "BTINET_BACKEND": "auto"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+        "-m",
+        part,
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.path.dirname(__file__))
     print("interpreted Triton kernels:", result.stdout.splitlines()[-1])
     assert result.returncode == 0, result.stdout[-5000:]
