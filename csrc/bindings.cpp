@@ -13,4 +13,5 @@ PYBIND11_MODULE(_cpu, module) {
         return Dense{address, size, stride};
       }));
   bind_interaction(module);
+  bind_gates(module);
 }

@@ -93,6 +93,43 @@ inline T sum_of_lanes(Vector<T> value) {
   return value[0];
 }
 
+// The larger of each two lanes; b's where one is NaN.
+template <class T>
+inline Vector<T> larger(Vector<T> a, Vector<T> b) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return Vector<T>(_mm512_maskz_max_ps(0xffff, __m512(a), __m512(b)));  // GCC 12 warns of the form without a mask
+  else
+    return Vector<T>(_mm512_maskz_max_pd(0xff, __m512d(a), __m512d(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <class T>
+inline T largest_of_lanes(Vector<T> value) {
+  constexpr int64_t n = Lanes<T>::count;
+  for (int64_t by = n / 2; by > 0; by /= 2)
+    value = larger<T>(value, rotated<T>(value, by, std::make_index_sequence<n>{}));
+  return value[0];
+}
+
+template <class T, size_t... I>
+inline Vector<T> lane_numbers(std::index_sequence<I...>) {
+  return Vector<T>{T(I)...};
+}
+
+// `value` in the lanes that are meant, `rest` in the others.
+template <class T>
+inline Vector<T> filled(Vector<T> value, Whole, T) {
+  return value;
+}
+template <class T>
+inline Vector<T> filled(Vector<T> value, Part part, T rest) {
+  const Vector<T> lane = lane_numbers<T>(std::make_index_sequence<Lanes<T>::count>{});
+  return lane < T(part.count) ? value : broadcast(rest);
+}
+
 // Adds the first `count` lanes to sums kept in double.
 template <class T>
 inline void add_lanes(Vector<T> value, double* sums, int64_t count) {
