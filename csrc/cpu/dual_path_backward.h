@@ -212,7 +212,7 @@ void dual_path_backward(const View<const S>& d_out, const View<const S>& x, cons
   using T = Compute<S>;
   const int64_t batch = x.shape.batch, channels = x.shape.channels;
   const bool planes = layout_of(d_out, x, out, d_x, d_residual) == Layout::planes;
-  const DualPathPlan plan(x.shape, sizeof(S), planes);
+  const DualPathPlan plan(x.shape, sizeof(S), planes, threads);
   // Without a residual there is no ReLU either; else pass A leaves its gradient where pass B finds it.
   const View<S>& masked = d_residual;
   const View<const S> dz =
@@ -222,16 +222,16 @@ void dual_path_backward(const View<const S>& d_out, const View<const S>& x, cons
                                masked.channel_stride,
                                {masked.spatial_stride[0], masked.spatial_stride[1], masked.spatial_stride[2]}}
                : d_out;
-  Scratch<double> sums(plan.most_ranges() * channels);
+  Scratch<double> sums(x.shape.batch * plan.ranges() * channels);
+  const auto sums_of = [&](int64_t sample) { return sums.data() + sample * plan.ranges() * channels; };
   DualPathGradients<T> between(x.shape, sizes, plan.blocks(), weights.spatial_weight);
   const int64_t taps = 2 * between.of_map(sizes) + 1;
 #pragma omp parallel num_threads(threads)
   {
     DualPathBackward<S> pass(d_out, x, out, sizes, weights, saved, d_x, d_residual, dz, between);
-    plan.run([&](const Range& range, int64_t index) { pass.reduce(range, planes, sums.data() + index * channels); },
-             [&](int64_t first, int64_t samples, int64_t index, int64_t ranges) {
-               pass.channel_path(first, samples, sums.data() + index * channels, ranges);
-             },
+    plan.run([&](const Range& range,
+                 int64_t number) { pass.reduce(range, planes, sums_of(range.sample) + number * channels); },
+             [&](int64_t first, int64_t samples) { pass.channel_path(first, samples, sums_of(first), plan.ranges()); },
              [&](int64_t sample, int64_t block, int64_t first, int64_t end) {
                pass.spatial_path(sample, first, end, between.taps.data() + (sample * plan.blocks() + block) * taps);
              },

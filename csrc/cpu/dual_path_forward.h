@@ -124,15 +124,15 @@ void dual_path(const View<const S>& x, const View<const S>& residual, const Dual
                const View<S>& out, int threads) {
   const int64_t channels = x.shape.channels;
   const bool planes = layout_of(x, residual, out) == Layout::planes;
-  const DualPathPlan plan(x.shape, sizeof(S), planes);
-  Scratch<double> sums(plan.most_ranges() * channels);
+  const DualPathPlan plan(x.shape, sizeof(S), planes, threads);
+  Scratch<double> sums(x.shape.batch * plan.ranges() * channels);
+  const auto sums_of = [&](int64_t sample) { return sums.data() + sample * plan.ranges() * channels; };
 #pragma omp parallel num_threads(threads)
   {
     DualPathForward<S> pass(x, residual, sizes, weights, saved, out);
-    plan.run([&](const Range& range, int64_t index) { pass.summarise(range, planes, sums.data() + index * channels); },
-             [&](int64_t first, int64_t samples, int64_t index, int64_t ranges) {
-               pass.channel_path(first, samples, sums.data() + index * channels, ranges);
-             },
+    plan.run([&](const Range& range,
+                 int64_t number) { pass.summarise(range, planes, sums_of(range.sample) + number * channels); },
+             [&](int64_t first, int64_t samples) { pass.channel_path(first, samples, sums_of(first), plan.ranges()); },
              [&](int64_t sample, int64_t, int64_t first, int64_t end) { pass.spatial_path(sample, first, end); },
              [&](const Range& range) { pass.write(range, planes); });
   }
