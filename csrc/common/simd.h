@@ -54,6 +54,42 @@ inline void store(S* data, Vector<Compute<S>> value, Whole = {}) {
 }
 
 template <class S>
+inline bool lies_on_vectors(const S* data) {
+  return reinterpret_cast<uintptr_t>(data) % (Lanes<Compute<S>>::count * sizeof(S)) == 0;
+}
+
+// Stores whole vectors without reading what was there into the caches first: for what is not read again soon. `data`
+// lies on vectors; other threads see the values after `end_streams`.
+template <class S>
+inline void stream(S* data, Vector<Compute<S>> value) {
+#if BTINET_VECTOR_BYTES >= 32
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    bfloat16 narrow[Lanes<float>::count];
+    store(narrow, value);
+#if BTINET_VECTOR_BYTES == 64
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(data), _mm256_loadu_si256(reinterpret_cast<__m256i*>(narrow)));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(data), _mm_loadu_si128(reinterpret_cast<__m128i*>(narrow)));
+#endif
+  } else {
+#if BTINET_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(data), __m512i(value));
+#else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(data), __m256i(value));
+#endif
+  }
+#else
+  store(data, value);
+#endif
+}
+
+inline void end_streams() {
+#if BTINET_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
+template <class S>
 inline Vector<Compute<S>> load(const S* data, Part part) {
   S buffer[Lanes<Compute<S>>::count] = {};
   std::copy(data, data + part.count, buffer);
@@ -73,6 +109,20 @@ inline void for_each_vector(int64_t count, const F& element) {
   int64_t i = 0;
   for (; i + Lanes<T>::count <= count; i += Lanes<T>::count) element(i, Whole{});
   if (i < count) element(i, Part{count - i});
+}
+
+// data[i] = value(i, Whole or Part) for `count` values, past the caches where that is wanted and possible.
+template <class S, class F>
+inline void store_run(S* data, int64_t count, bool streaming, const F& value) {
+  using T = Compute<S>;
+  if (!streaming || !lies_on_vectors(data))
+    return for_each_vector<T>(count, [&](int64_t i, auto part) { store(data + i, value(i, part), part); });
+  for_each_vector<T>(count, [&](int64_t i, auto part) {
+    if constexpr (std::is_same_v<decltype(part), Whole>)
+      stream(data + i, value(i, part));
+    else
+      store(data + i, value(i, part), part);
+  });
 }
 
 template <class T>

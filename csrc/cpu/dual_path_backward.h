@@ -140,7 +140,7 @@ class DualPathBackward {
   }
 
   // Pass B.
-  void write(const Range& range, bool planes) {
+  void write(const Range& range, bool planes, bool streaming) {
     const int64_t at = range.sample * count_;
     const T* spatial_gate = saved_.spatial_gate + at;
     const T* d_mean = &between_.mean[range.sample * channels_];
@@ -150,7 +150,7 @@ class DualPathBackward {
         const int64_t n = tile.begin;
         for (int64_t c = 0; c < channels_; ++c)
           gradient_plane(dz_, x_, tile, c, channel_gate(range.sample)[c], spatial_gate + n, d_mean[c], top_map(tile),
-                         d_top + n, d_map_mean + n, d_x_);
+                         d_top + n, d_map_mean + n, d_x_, streaming);
       });
       return;
     }
@@ -159,9 +159,9 @@ class DualPathBackward {
       d_x_writer_.begin(positions);
       for (int64_t r = 0; r < positions.end - positions.begin; ++r) {
         const int64_t n = positions.begin + r;
-        gradient_row(dz.data + r * dz.stride, x.data + r * x.stride, channel_gate(range.sample), spatial_gate[n],
-                     d_mean, top_map(positions)[r], SummaryGradient<T>{d_top[n], d_map_mean[n]}, channels_,
-                     d_x_writer_.row(r));
+        gradient_row(dz.data + r * dz.stride, x.data + r * x.stride, channel_gate(range.sample), d_mean,
+                     Position<T>{spatial_gate[n], top_map(positions)[r]}, SummaryGradient<T>{d_top[n], d_map_mean[n]},
+                     channels_, d_x_writer_.row(r), streaming && d_x_writer_.direct());
       }
       d_x_writer_.end();
     });
@@ -172,22 +172,14 @@ class DualPathBackward {
   const T* top_map(const Range& range) const { return saved_.maps + 2 * range.sample * count_ + range.begin; }
 
   void reduce_tile(const Range& positions, const T* spatial_gate, T* spatial_sums, T* ties) {
-    const RowsBackward<T> in{d_out_reader_.read(positions),
-                             x_reader_.read(positions),
-                             out_reader_.read(positions),
-                             channel_gate(positions.sample),
-                             spatial_gate,
-                             top_map(positions),
-                             tile_sums_.data(),
-                             spatial_sums,
-                             ties};
+    const Tile<T> d_out = d_out_reader_.read(positions), x = x_reader_.read(positions);
+    const Tile<T> out = out_reader_.read(positions);
     d_residual_writer_.begin(positions);
-    for_each_rows<2>(positions.end - positions.begin, [&](int64_t r, auto number) {
-      S* d_residual[decltype(number)::value] = {};
-      for (int64_t i = 0; out_.data && i < number; ++i) d_residual[i] = d_residual_writer_.row(r + i);
-      reduce_rows<S, decltype(number)::value>(in, r, channels_, d_residual);
-    });
-    if (out_.data) d_residual_writer_.end();
+    for (int64_t r = 0; r < positions.end - positions.begin; ++r)
+      reduce_row(d_out.data + r * d_out.stride, x.data + r * x.stride, out.data ? out.data + r * out.stride : nullptr,
+                 channel_gate(positions.sample), Position<T>{spatial_gate[r], top_map(positions)[r]}, channels_,
+                 out.data ? d_residual_writer_.row(r) : nullptr, tile_sums_.data(), spatial_sums[r], ties[r]);
+    if (out.data) d_residual_writer_.end();
   }
 
   const View<const S>&d_out_, &x_, &out_;
@@ -235,7 +227,7 @@ void dual_path_backward(const View<const S>& d_out, const View<const S>& x, cons
              [&](int64_t sample, int64_t block, int64_t first, int64_t end) {
                pass.spatial_path(sample, first, end, between.taps.data() + (sample * plan.blocks() + block) * taps);
              },
-             [&](const Range& range) { pass.write(range, planes); });
+             [&](const Range& range) { pass.write(range, planes, plan.streaming); });
     linear_weight_gradient(between.gate_logit.data(), saved.hidden, batch, channels, sizes.hidden,
                            d_weights.gate_weight, d_weights.gate_bias);
     linear_weight_gradient(between.hidden.data(), saved.mean, batch, sizes.hidden, channels, d_weights.hidden_weight,

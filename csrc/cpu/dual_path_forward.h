@@ -46,10 +46,8 @@ class DualPathForward {
       for_each_tile(range, kTile, [&](const Range& positions) {
         const Tile<T> tile = x_reader_.read(positions);
         const int64_t at = positions.begin - range.begin;
-        for_each_rows<4>(positions.end - positions.begin, [&](int64_t r, auto number) {
-          summarise_rows<T, decltype(number)::value>(tile, r, channels_, tile_sums_.data(), top + at + r,
-                                                     mean + at + r);
-        });
+        for (int64_t r = 0; r < positions.end - positions.begin; ++r)
+          summarise_row(tile.data + r * tile.stride, channels_, tile_sums_.data(), top[at + r], mean[at + r]);
         move_sums(tile_sums_.data(), channel_sums, channels_);
       });
     }
@@ -85,13 +83,13 @@ class DualPathForward {
   }
 
   // Pass 2.
-  void write(const Range& range, bool planes) {
+  void write(const Range& range, bool planes, bool streaming) {
     const T* channel_gate = saved_.channel_gate + range.sample * channels_;
     const T* spatial_gate = saved_.spatial_gate + range.sample * count_;
     if (planes) {
       for_each_tile(range, kPlaneTile, [&](const Range& tile) {
         for (int64_t c = 0; c < channels_; ++c)
-          gate_plane(x_, residual_, tile, c, channel_gate[c], spatial_gate + tile.begin, out_);
+          gate_plane(x_, residual_, tile, c, channel_gate[c], spatial_gate + tile.begin, out_, streaming);
       });
       return;
     }
@@ -100,7 +98,8 @@ class DualPathForward {
       writer_.begin(positions);
       for (int64_t r = 0; r < positions.end - positions.begin; ++r)
         gate_row(tile.data + r * tile.stride, residual.data ? residual.data + r * residual.stride : nullptr,
-                 channel_gate, spatial_gate[positions.begin + r], channels_, writer_.row(r));
+                 channel_gate, spatial_gate[positions.begin + r], channels_, writer_.row(r),
+                 streaming && writer_.direct());
       writer_.end();
     });
   }
@@ -134,7 +133,7 @@ void dual_path(const View<const S>& x, const View<const S>& residual, const Dual
                  int64_t number) { pass.summarise(range, planes, sums_of(range.sample) + number * channels); },
              [&](int64_t first, int64_t samples) { pass.channel_path(first, samples, sums_of(first), plan.ranges()); },
              [&](int64_t sample, int64_t, int64_t first, int64_t end) { pass.spatial_path(sample, first, end); },
-             [&](const Range& range) { pass.write(range, planes); });
+             [&](const Range& range) { pass.write(range, planes, plan.streaming); });
   }
 }
 

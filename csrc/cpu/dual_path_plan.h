@@ -11,6 +11,7 @@ class DualPathPlan {
  public:
   DualPathPlan(const Shape& shape, int64_t bytes_per_value, bool planes, int threads)
       : planes(planes),
+        streaming(shape.batch * shape.channels * shape.positions() * bytes_per_value > kCaches),
         batch_(shape.batch),
         rows_(shape.size[0] * shape.size[1]),
         blocks_(std::min((rows_ + kFewestRows - 1) / kFewestRows, kMostBlocks)),
@@ -25,6 +26,7 @@ class DualPathPlan {
   }
 
   const bool planes;
+  const bool streaming;  // whoever reads the result does not find it in the caches anyway
 
   int64_t ranges() const { return partition_.ranges(); }  // of positions, in one sample
   int64_t blocks() const { return blocks_; }              // of rows of positions, in one sample
@@ -45,7 +47,7 @@ class DualPathPlan {
   }
 
  private:
-  static constexpr int64_t kTogether = 8 << 20, kApart = 2 << 20;  // bytes
+  static constexpr int64_t kTogether = 8 << 20, kApart = 2 << 20, kCaches = 32 << 20;  // bytes
   static constexpr int64_t kGroup = 4;       // samples that go through the channels' network together
   static constexpr int64_t kFewestRows = 4;  // of a block
   static constexpr int64_t kMostBlocks = 16;
@@ -69,6 +71,7 @@ class DualPathPlan {
     wait<kTeam>();
     // Backwards: `reduce` has just read the end.
     share<kTeam>(count, [&](int64_t index) { write(range_of(count - 1 - index)); });
+    if (streaming) end_streams();
   }
 
   template <bool kTeam, class F>

@@ -5,8 +5,8 @@
 namespace btinet {
 namespace BTINET_ISA {
 
-// Positions a pass over planes treats together.
-constexpr int64_t kPlaneTile = 1024;
+// Positions a pass over planes treats together: runs long enough for the hardware to fetch ahead.
+constexpr int64_t kPlaneTile = 4096;
 
 // The part of a channel's plane that a range covers.
 template <class S>
@@ -47,14 +47,13 @@ inline void summarise_planes(const View<const S>& x, const Range& range, int64_t
 // A range of one channel of the result; `residual.data` is null where there is none.
 template <class S>
 inline void gate_plane(const View<const S>& x, const View<const S>& residual, const Range& range, int64_t channel,
-                       Compute<S> channel_gate, const Compute<S>* spatial_gate, const View<S>& out) {
+                       Compute<S> channel_gate, const Compute<S>* spatial_gate, const View<S>& out, bool streaming) {
   using T = Compute<S>;
   const S *from = run_of(x, range, channel), *added = residual.data ? run_of(residual, range, channel) : nullptr;
-  S* to = run_of(out, range, channel);
-  for_each_vector<T>(range.end - range.begin, [&](int64_t i, auto part) {
+  store_run(run_of(out, range, channel), range.end - range.begin, streaming, [&](int64_t i, auto part) {
     Vector<T> value = load(from + i, part) * (channel_gate * load(spatial_gate + i, part));
     if (added) value = larger<T>(Vector<T>{}, value + load(added + i, part));  // lets NaN through, as torch does
-    store(to + i, value, part);
+    return value;
   });
 }
 
@@ -109,15 +108,14 @@ template <class S>
 inline void gradient_plane(const View<const S>& dz, const View<const S>& x, const Range& range, int64_t channel,
                            Compute<S> channel_gate, const Compute<S>* spatial_gate, Compute<S> d_mean,
                            const Compute<S>* top, const Compute<S>* d_top, const Compute<S>* d_mean_map,
-                           const View<S>& d_x) {
+                           const View<S>& d_x, bool streaming) {
   using T = Compute<S>;
   const S *upstream = run_of(dz, range, channel), *from = run_of(x, range, channel);
-  S* to = run_of(d_x, range, channel);
-  for_each_vector<T>(range.end - range.begin, [&](int64_t i, auto part) {
+  store_run(run_of(d_x, range, channel), range.end - range.begin, streaming, [&](int64_t i, auto part) {
     const Vector<T> gate = channel_gate * load(spatial_gate + i, part);
     const Vector<T> constant = d_mean + load(d_mean_map + i, part);
     const Vector<T> of_top = load(from + i, part) == load(top + i, part) ? load(d_top + i, part) : Vector<T>{};
-    store(to + i, load(upstream + i, part) * gate + (constant + of_top), part);
+    return load(upstream + i, part) * gate + (constant + of_top);
   });
 }
 

@@ -1,5 +1,5 @@
-// The passes of dual-path attention over tiles of rows, several rows at a time. Compiled once per instruction set
-// (BTINET_ISA).
+// The passes of dual-path attention over tiles of rows, one row after the other: the hardware fetches a single stream
+// ahead of time, several interleaved ones it does not. Compiled once per instruction set (BTINET_ISA).
 #pragma once
 
 namespace btinet {
@@ -13,6 +13,7 @@ class TileWriter {
     if (!direct_ && view.data) scratch_.resize(kTile * view.shape.channels);
   }
 
+  bool direct() const { return direct_; }
   void begin(const Range& tile) { tile_ = tile; }
   S* row(int64_t r) {
     return direct_ ? sample() + offsets_[tile_.begin + r] : scratch_.data() + r * view_.shape.channels;
@@ -42,9 +43,9 @@ class TileReader {
   explicit TileReader(const View<const S>& view)
       : view_(view), offsets_(view), stride_(padded<Compute<S>>(view.shape.channels)) {}
 
-  // A view that is not there yields `otherwise`.
-  Tile<Compute<S>> read(const Range& tile, Tile<Compute<S>> otherwise = {}) {
-    if (!view_.data) return otherwise;
+  // A view that is not there yields a tile that is not there.
+  Tile<Compute<S>> read(const Range& tile) {
+    if (!view_.data) return {};
     scratch_.resize(kTile * stride_);
     return read_tile(view_, offsets_, tile, 0, view_.shape.channels, scratch_.data(), stride_);
   }
@@ -56,86 +57,60 @@ class TileReader {
   Scratch<Compute<S>> scratch_;
 };
 
-// Calls rows(first row, number of rows as a constant).
-template <int R, class F>
-inline void for_each_rows(int64_t count, const F& rows) {
-  int64_t r = 0;
-  for (; r + R <= count; r += R) rows(r, std::integral_constant<int, R>{});
-  for (; r < count; ++r) rows(r, std::integral_constant<int, 1>{});
-}
-
-// channel_sums += R rows; maximum and sum of each of them. A NaN need not reach `top`: it reaches the sum, and both
-// feed the same convolution.
-template <class T, int R>
-inline void summarise_rows(const Tile<T>& tile, int64_t first, int64_t channels, T* channel_sums, T* top, T* total) {
+// channel_sums += the row; its maximum and sum. A NaN need not reach `top`: it reaches the sum, and both feed the same
+// convolution.
+template <class T>
+inline void summarise_row(const T* row, int64_t channels, T* channel_sums, T& top, T& total) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  Vector<T> largest[R], sum[R] = {};
-  for (int r = 0; r < R; ++r) largest[r] = broadcast(kLowest);
+  Vector<T> largest = broadcast(kLowest), sum = {};
   for_each_vector<T>(channels, [&](int64_t c, auto part) {
-    Vector<T> value[R], of_rows = load(channel_sums + c);
-    for (int r = 0; r < R; ++r) value[r] = load(tile.data + (first + r) * tile.stride + c);
-    for (int r = 0; r < R; ++r) {
-      largest[r] = larger<T>(filled<T>(value[r], part, kLowest), largest[r]);
-      sum[r] += value[r];
-      of_rows += value[r];
-    }
-    store(channel_sums + c, of_rows);
+    const Vector<T> value = load(row + c);
+    largest = larger<T>(filled<T>(value, part, kLowest), largest);
+    sum += value;
+    store(channel_sums + c, load(channel_sums + c) + value);
   });
-  for (int r = 0; r < R; ++r) {
-    top[r] = largest_of_lanes<T>(largest[r]);
-    total[r] = sum_of_lanes<T>(sum[r]);
-  }
+  top = largest_of_lanes<T>(largest);
+  total = sum_of_lanes<T>(sum);
 }
 
 // One row of the result; `residual` is null where there is none.
 template <class S, class T>
-inline void gate_row(const T* x, const T* residual, const T* channel_gate, T spatial_gate, int64_t channels, S* out) {
-  for_each_vector<T>(channels, [&](int64_t c, auto part) {
+inline void gate_row(const T* x, const T* residual, const T* channel_gate, T spatial_gate, int64_t channels, S* out,
+                     bool streaming) {
+  store_run(out, channels, streaming, [&](int64_t c, auto part) {
     Vector<T> value = load(x + c) * (load(channel_gate + c, part) * spatial_gate);
     if (residual) value = larger<T>(Vector<T>{}, value + load(residual + c));  // lets NaN through, as torch does
-    store(out + c, value, part);
+    return value;
   });
 }
 
+// What belongs to one position.
 template <class T>
-struct RowsBackward {
-  Tile<T> d_out, x, out;   // `out` only with a residual
-  const T* channel_gate;   // [C]
-  const T* spatial_gate;   // of the rows
-  const T* top;            // of the rows
-  T* channel_sums;         // [padded C], += sum over the rows of dz x spatial_gate
-  T *spatial_sums, *ties;  // of the rows: sum over the channels of dz x channel_gate; how many equal the maximum
+struct Position {
+  T spatial_gate;
+  T top;  // the largest of its channels
 };
 
-// dz = d_out where the ReLU passed; d_residual[r] is where it goes, or null where there is no residual.
-template <class S, int R, class T>
-inline void reduce_rows(const RowsBackward<T>& in, int64_t first, int64_t channels, S* const (&d_residual)[R]) {
-  Vector<T> sum[R] = {}, equal[R] = {}, gate[R], top[R];
-  for (int r = 0; r < R; ++r) {
-    gate[r] = broadcast(in.spatial_gate[first + r]);
-    top[r] = broadcast(in.top[first + r]);
-  }
+// dz = d_out where the ReLU passed; with `out` it goes to d_residual, without there is no ReLU. channel_sums += dz x
+// spatial_gate; spatial_sum = the sum of dz x channel_gate, ties = how many channels equal the largest.
+template <class S, class T>
+inline void reduce_row(const T* d_out, const T* x, const T* out, const T* channel_gate, const Position<T>& at,
+                       int64_t channels, S* d_residual, T* channel_sums, T& spatial_sum, T& ties) {
+  Vector<T> sum = {}, equal = {};
   for_each_vector<T>(channels, [&](int64_t c, auto part) {
-    const Vector<T> channel_gate = load(in.channel_gate + c, part);
-    Vector<T> of_rows = load(in.channel_sums + c);
-    for (int r = 0; r < R; ++r) {
-      const Vector<T> x = load(in.x.data + (first + r) * in.x.stride + c);
-      Vector<T> dz = load(in.d_out.data + (first + r) * in.d_out.stride + c);
-      if (d_residual[0]) {
-        dz = load(in.out.data + (first + r) * in.out.stride + c) <= T(0) ? Vector<T>{} : dz;
-        store(d_residual[r] + c, dz, part);
-      }
-      const Vector<T> product = dz * x;
-      sum[r] += product * channel_gate;
-      of_rows += product * gate[r];
-      equal[r] += filled<T>(x, part, std::numeric_limits<T>::quiet_NaN()) == top[r] ? broadcast(T(1)) : Vector<T>{};
+    const Vector<T> value = load(x + c);
+    Vector<T> dz = load(d_out + c);
+    if (out) {
+      dz = load(out + c) <= T(0) ? Vector<T>{} : dz;
+      store(d_residual + c, dz, part);
     }
-    store(in.channel_sums + c, of_rows);
+    const Vector<T> product = dz * value;
+    sum += product * load(channel_gate + c, part);
+    store(channel_sums + c, load(channel_sums + c) + product * at.spatial_gate);
+    equal += filled<T>(value, part, std::numeric_limits<T>::quiet_NaN()) == at.top ? broadcast(T(1)) : Vector<T>{};
   });
-  for (int r = 0; r < R; ++r) {
-    in.spatial_sums[first + r] = sum_of_lanes<T>(sum[r]);
-    in.ties[first + r] = sum_of_lanes<T>(equal[r]);
-  }
+  spatial_sum = sum_of_lanes<T>(sum);
+  ties = sum_of_lanes<T>(equal);
 }
 
 // What the gradient of one position's summary adds to its channels.
@@ -146,13 +121,13 @@ struct SummaryGradient {
 };
 
 template <class S, class T>
-inline void gradient_row(const T* dz, const T* x, const T* channel_gate, T spatial_gate, const T* d_mean, T top,
-                         const SummaryGradient<T>& summary, int64_t channels, S* d_x) {
-  for_each_vector<T>(channels, [&](int64_t c, auto part) {
-    const Vector<T> gate = load(channel_gate + c, part) * spatial_gate;
+inline void gradient_row(const T* dz, const T* x, const T* channel_gate, const T* d_mean, const Position<T>& at,
+                         const SummaryGradient<T>& summary, int64_t channels, S* d_x, bool streaming) {
+  store_run(d_x, channels, streaming, [&](int64_t c, auto part) {
+    const Vector<T> gate = load(channel_gate + c, part) * at.spatial_gate;
     const Vector<T> constant = load(d_mean + c, part) + summary.mean;
-    const Vector<T> of_top = load(x + c) == top ? broadcast(summary.top) : Vector<T>{};
-    store(d_x + c, load(dz + c) * gate + (constant + of_top), part);
+    const Vector<T> of_top = load(x + c) == at.top ? broadcast(summary.top) : Vector<T>{};
+    return load(dz + c) * gate + (constant + of_top);
   });
 }
 

@@ -17,9 +17,9 @@ from btinet_kernels.nn import DualPathAttention, ResidualBlock
 
 LAYOUTS = ["rows", "planes"]
 BACKENDS = ["native", "reference"]
-# A tile has 48 positions (1024 in planes), a vector 16 channels in float32; below, at and above both, in 1, 2 and 3
+# A tile has 48 positions (4096 in planes), a vector 16 channels in float32; below, at and above both, in 1, 2 and 3
 # dimensions; and the convolution's padding wider than the map.
-SHAPES = [(2, 3, 9), (1, 7, 2111), (3, 16, 8, 6), (2, 17, 9, 11), (9, 33, 37, 31), (2, 6, 1, 1), (3, 5, 8, 3, 4)]
+SHAPES = [(2, 3, 9), (1, 7, 9001), (3, 16, 8, 6), (2, 17, 9, 11), (9, 33, 37, 31), (2, 6, 1, 1), (3, 5, 8, 3, 4)]
 
 
 def dense(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float64) -> Tensor:
