@@ -91,6 +91,10 @@ inline void end_streams() {
 
 template <class S>
 inline Vector<Compute<S>> load(const S* data, Part part) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return Vector<S>(_mm512_maskz_loadu_ps((1u << part.count) - 1, data));
+  if constexpr (std::is_same_v<S, double>) return Vector<S>(_mm512_maskz_loadu_pd((1u << part.count) - 1, data));
+#endif
   S buffer[Lanes<Compute<S>>::count] = {};
   std::copy(data, data + part.count, buffer);
   return load(buffer);
@@ -98,6 +102,10 @@ inline Vector<Compute<S>> load(const S* data, Part part) {
 
 template <class S>
 inline void store(S* data, Vector<Compute<S>> value, Part part) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(data, (1u << part.count) - 1, __m512(value));
+  if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(data, (1u << part.count) - 1, __m512d(value));
+#endif
   S buffer[Lanes<Compute<S>>::count];
   store(buffer, value);
   std::copy(buffer, buffer + part.count, data);
