@@ -250,6 +250,22 @@ def test_repeats_and_thread_counts_are_bit_identical(shape: tuple[int, ...], lay
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("batch", "channels", "dtype"), [(5, 16, torch.float32), (9, 17, torch.bfloat16)])
+def test_results_that_go_past_the_caches(batch: int, channels: int, dtype: torch.dtype, layout: str) -> None:
+    shape = (batch, channels, 380, 380)  # more than 32 MiB; a sample alone is less, and is stored as usual
+    x, residual, upstream = (torch.randn(shape).to(dtype) for _ in range(3))
+    if layout == "rows":
+        x, residual, upstream = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual, upstream))
+    of = weights(channels, 2, torch.float32)
+    with use_backend("native"):
+        together = run(fused_dual_path_attention, x, of, residual, upstream)
+        for b in range(batch):
+            alone = run(fused_dual_path_attention, x[b : b + 1], of, residual[b : b + 1], upstream[b : b + 1])
+            for n in (0, 1, 8):
+                assert torch.equal(together[n][b : b + 1], alone[n])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])  # the last by the reference
 def test_opcheck(dtype: torch.dtype, with_residual: bool, layout: str) -> None:
