@@ -1,10 +1,13 @@
 """Fused operators for multi-task networks whose tasks interact.
 
-Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``. Modules:
-``btinet_kernels.nn``. Which backend serves what on this machine: ``backends()``.
+Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``,
+``fused_dual_path_attention``. Modules: ``btinet_kernels.nn``. Which backend serves what on this machine:
+``backends()``.
 """
 
 from btinet_kernels.backends import BackendError, backends, use_backend
+from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
+from btinet_kernels.gates.reference import DualPathWeights
 from btinet_kernels.interaction.op import (
     InteractionResult,
     fused_task_interaction,
@@ -19,11 +22,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "DualPathWeights",
     "GateWeights",
     "InteractionResult",
     "InteractionWeights",
     "ScaleWeights",
     "backends",
+    "fused_dual_path_attention",
     "fused_multi_scale",
     "fused_task_interaction",
     "fused_tim",

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
+from btinet_kernels.gates.reference import KERNEL_WIDTH, DualPathWeights
 from btinet_kernels.interaction.op import InteractionResult, fused_task_interaction, fused_tim, fused_upa
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
 from btinet_kernels.multi_scale.op import MergeCache, fused_multi_scale
@@ -253,14 +255,18 @@ class DualPathAttention(nn.Module):
         self.channel_path = nn.Sequential(
             nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
         )
-        self.spatial_path = _CONVOLUTIONS[spatial_dims](2, 1, 7, padding=3)
+        self.spatial_path = _CONVOLUTIONS[spatial_dims](2, 1, KERNEL_WIDTH, padding=KERNEL_WIDTH // 2)
         initialise(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate ``x``."""
-        channel_gate = self.channel_path(x.flatten(2).mean(2))
-        summary = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)
-        return x * _over_space(channel_gate, x) * torch.sigmoid(self.spatial_path(summary))
+    def weights(self) -> DualPathWeights:
+        """The parameters in the form the function takes."""
+        hidden, _, gate, _ = self.channel_path
+        spatial = self.spatial_path
+        return DualPathWeights(hidden.weight, hidden.bias, gate.weight, gate.bias, spatial.weight, spatial.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``fused_dual_path_attention``: gate ``x``; with a residual, ``ReLU(gated x + residual)``."""
+        return fused_dual_path_attention(x, self.weights(), residual)
 
 
 class ResidualBlock(nn.Module):
@@ -291,9 +297,8 @@ class ResidualBlock(nn.Module):
         """Apply the block."""
         out = self.norm1(F.relu(self.conv1(x)))
         out = self.multi_scale(self.norm2(self.conv2(out)))
-        if self.attention is not None:
-            out = self.attention(out)
-        return F.relu(out + (x if self.projection is None else self.projection(x)))
+        residual = x if self.projection is None else self.projection(x)
+        return F.relu(out + residual) if self.attention is None else self.attention(out, residual)
 
 
 class AttentionGate(nn.Module):

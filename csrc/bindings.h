@@ -39,5 +39,6 @@ using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
 // One function per operator family, called when the module is imported.
 void bind_interaction(pybind11::module_& module);
 void bind_multi_scale(pybind11::module_& module);
+void bind_gates(pybind11::module_& module);
 
 }  // namespace btinet

@@ -30,21 +30,25 @@ inline void dot_rows(const T* in, const T* weight, int64_t samples, int64_t inpu
   for (; b < samples; ++b) dot_block<T, 1, O>(in + b * inputs, weight, inputs, bias, out + b * out_stride, out_stride);
 }
 
+constexpr int64_t kOutputs = 4;  // of a linear layer, computed side by side
+
+// The outputs [first, first + kOutputs) of `linear`, as far as there are so many.
+template <class T>
+void linear_block(const T* in, const T* weight, const T* bias, int64_t samples, int64_t outputs, int64_t inputs,
+                  int64_t first, T* out) {
+  const auto from = [&](int64_t o) { return bias ? bias + o : nullptr; };
+  if (first + kOutputs <= outputs)
+    return dot_rows<T, kOutputs>(in, weight + first * inputs, samples, inputs, from(first), out + first, outputs);
+  for (int64_t o = first; o < outputs; ++o)
+    dot_rows<T, 1>(in, weight + o * inputs, samples, inputs, from(o), out + o, outputs);
+}
+
 // out [samples, outputs] = in weight^T + bias, weight [outputs, inputs]; bias may be null.
 template <class T>
 void linear(const T* in, const T* weight, const T* bias, int64_t samples, int64_t outputs, int64_t inputs, T* out) {
-  constexpr int64_t kBlock = 4;
-  const int64_t blocks = outputs / kBlock;
 #pragma omp for schedule(static) nowait
-  for (int64_t block = 0; block <= blocks; ++block) {
-    const int64_t o = block * kBlock;
-    if (block < blocks) {
-      dot_rows<T, kBlock>(in, weight + o * inputs, samples, inputs, bias ? bias + o : nullptr, out + o, outputs);
-      continue;
-    }
-    for (int64_t last = o; last < outputs; ++last)
-      dot_rows<T, 1>(in, weight + last * inputs, samples, inputs, bias ? bias + last : nullptr, out + last, outputs);
-  }
+  for (int64_t first = 0; first < outputs; first += kOutputs)
+    linear_block(in, weight, bias, samples, outputs, inputs, first, out);
 }
 
 // out [rows, columns] = A B, or out += A B; B [inner, columns] is dense. The last columns may be less than a vector.

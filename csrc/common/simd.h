@@ -54,7 +54,47 @@ inline void store(S* data, Vector<Compute<S>> value, Whole = {}) {
 }
 
 template <class S>
+inline bool lies_on_vectors(const S* data) {
+  return reinterpret_cast<uintptr_t>(data) % (Lanes<Compute<S>>::count * sizeof(S)) == 0;
+}
+
+// Stores whole vectors without reading what was there into the caches first: for what is not read again soon. `data`
+// lies on vectors; other threads see the values after `end_streams`.
+template <class S>
+inline void stream(S* data, Vector<Compute<S>> value) {
+#if BTINET_VECTOR_BYTES >= 32
+  if constexpr (std::is_same_v<S, bfloat16>) {
+    bfloat16 narrow[Lanes<float>::count];
+    store(narrow, value);
+#if BTINET_VECTOR_BYTES == 64
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(data), _mm256_loadu_si256(reinterpret_cast<__m256i*>(narrow)));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(data), _mm_loadu_si128(reinterpret_cast<__m128i*>(narrow)));
+#endif
+  } else {
+#if BTINET_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(data), __m512i(value));
+#else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(data), __m256i(value));
+#endif
+  }
+#else
+  store(data, value);
+#endif
+}
+
+inline void end_streams() {
+#if BTINET_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
+template <class S>
 inline Vector<Compute<S>> load(const S* data, Part part) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return Vector<S>(_mm512_maskz_loadu_ps((1u << part.count) - 1, data));
+  if constexpr (std::is_same_v<S, double>) return Vector<S>(_mm512_maskz_loadu_pd((1u << part.count) - 1, data));
+#endif
   S buffer[Lanes<Compute<S>>::count] = {};
   std::copy(data, data + part.count, buffer);
   return load(buffer);
@@ -62,6 +102,10 @@ inline Vector<Compute<S>> load(const S* data, Part part) {
 
 template <class S>
 inline void store(S* data, Vector<Compute<S>> value, Part part) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(data, (1u << part.count) - 1, __m512(value));
+  if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(data, (1u << part.count) - 1, __m512d(value));
+#endif
   S buffer[Lanes<Compute<S>>::count];
   store(buffer, value);
   std::copy(buffer, buffer + part.count, data);
@@ -73,6 +117,20 @@ inline void for_each_vector(int64_t count, const F& element) {
   int64_t i = 0;
   for (; i + Lanes<T>::count <= count; i += Lanes<T>::count) element(i, Whole{});
   if (i < count) element(i, Part{count - i});
+}
+
+// data[i] = value(i, Whole or Part) for `count` values, past the caches where that is wanted and possible.
+template <class S, class F>
+inline void store_run(S* data, int64_t count, bool streaming, const F& value) {
+  using T = Compute<S>;
+  if (!streaming || !lies_on_vectors(data))
+    return for_each_vector<T>(count, [&](int64_t i, auto part) { store(data + i, value(i, part), part); });
+  for_each_vector<T>(count, [&](int64_t i, auto part) {
+    if constexpr (std::is_same_v<decltype(part), Whole>)
+      stream(data + i, value(i, part));
+    else
+      store(data + i, value(i, part), part);
+  });
 }
 
 template <class T>
@@ -91,6 +149,43 @@ inline T sum_of_lanes(Vector<T> value) {
   constexpr int64_t n = Lanes<T>::count;
   for (int64_t by = n / 2; by > 0; by /= 2) value += rotated<T>(value, by, std::make_index_sequence<n>{});
   return value[0];
+}
+
+// The larger of each two lanes; b's where one is NaN.
+template <class T>
+inline Vector<T> larger(Vector<T> a, Vector<T> b) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return Vector<T>(_mm512_maskz_max_ps(0xffff, __m512(a), __m512(b)));  // GCC 12 warns of the form without a mask
+  else
+    return Vector<T>(_mm512_maskz_max_pd(0xff, __m512d(a), __m512d(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <class T>
+inline T largest_of_lanes(Vector<T> value) {
+  constexpr int64_t n = Lanes<T>::count;
+  for (int64_t by = n / 2; by > 0; by /= 2)
+    value = larger<T>(value, rotated<T>(value, by, std::make_index_sequence<n>{}));
+  return value[0];
+}
+
+template <class T, size_t... I>
+inline Vector<T> lane_numbers(std::index_sequence<I...>) {
+  return Vector<T>{T(I)...};
+}
+
+// `value` in the lanes that are meant, `rest` in the others.
+template <class T>
+inline Vector<T> filled(Vector<T> value, Whole, T) {
+  return value;
+}
+template <class T>
+inline Vector<T> filled(Vector<T> value, Part part, T rest) {
+  const Vector<T> lane = lane_numbers<T>(std::make_index_sequence<Lanes<T>::count>{});
+  return lane < T(part.count) ? value : broadcast(rest);
 }
 
 // Adds the first `count` lanes to sums kept in double.

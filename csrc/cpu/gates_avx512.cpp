@@ -1,0 +1,7 @@
+#include "gates_prelude.h"
+
+#if defined(__x86_64__)
+#include "../common/isa_avx512.h"
+
+#include "gates_kernels.h"
+#endif

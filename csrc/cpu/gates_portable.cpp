@@ -1,0 +1,5 @@
+#include "gates_prelude.h"
+
+#include "../common/isa_portable.h"
+
+#include "gates_kernels.h"

@@ -1,0 +1,4 @@
+#pragma once
+
+#include "../common/prelude.h"
+#include "gates.h"
