@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import importlib.metadata
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
-TOP_PAD = 64 << 20
+from btinet import allocator
 
-_allocator = "the system's default"
+_allocator = allocator.SYSTEM_DEFAULT
 
 
 def keep_pages() -> None:
-    """Let glibc keep freed pages in this process: otherwise every step pays the page faults of large blocks again."""
+    """``btinet``'s allocator setting for this process; ``describe`` repeats what came of it."""
     global _allocator
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD))
-    if mallopt is not None and all(mallopt(parameter, value) for parameter, value in settings):
-        _allocator = f"glibc malloc that keeps its pages (M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD={TOP_PAD})"
+    _allocator = allocator.keep_pages()
 
 
 def describe(device: str) -> dict[str, Any]:
