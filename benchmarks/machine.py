@@ -12,14 +12,6 @@ from typing import Any
 
 from btinet import allocator
 
-_allocator = allocator.SYSTEM_DEFAULT
-
-
-def keep_pages() -> None:
-    """``btinet``'s allocator setting for this process; ``describe`` repeats what came of it."""
-    global _allocator
-    _allocator = allocator.keep_pages()
-
 
 def describe(device: str) -> dict[str, Any]:
     """What a reader has to know about the machine; no name of a host or user."""
@@ -34,7 +26,7 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_sets": cpu_extensions(),
         "native_instruction_set": instruction_set() if native_module is not None else None,
-        "allocator": _allocator,
+        "allocator": allocator.description(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

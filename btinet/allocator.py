@@ -13,40 +13,43 @@ import sys
 from btinet.errors import UserError
 
 ENVIRONMENT_VARIABLE = "BTINET_MALLOC"
-SYSTEM_DEFAULT = "the system's default"
 TOP_PAD = 64 << 20
-
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 
-def keep_pages() -> str:
+_kept = False
+
+
+def keep_pages() -> None:
     """Let glibc keep freed pages in this process; call it before anything large is allocated.
 
     Does nothing where ``BTINET_MALLOC=system`` asks for that, where the user has set glibc's own variables
     (``MALLOC_…``, ``GLIBC_TUNABLES``) or preloaded another allocator, and where there is no glibc.
 
-    Returns:
-        What the allocator now is, for a report.
-
     Raises:
         UserError: ``BTINET_MALLOC`` has another value.
     """
+    global _kept
     request = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if request not in ("", "system"):
         raise UserError(
             f"{ENVIRONMENT_VARIABLE}={request!r}: the only value is 'system', which leaves the memory allocator as it "
             "is; unset the variable to let btinet keep freed pages."
         )
+    library = None if request == "system" or _set_by_user() else _glibc()
+    if library is not None:
+        settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, TOP_PAD))
+        _kept = all(library.mallopt(parameter, value) for parameter, value in settings)
+
+
+def description() -> str:
+    """What this process allocates from, for reports of measurements."""
+    if _kept:
+        return f"glibc malloc that keeps its pages (M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD={TOP_PAD})"
     theirs = _set_by_user()
-    if theirs:
-        return f"glibc malloc as the environment sets it ({', '.join(theirs)})"
-    library = None if request == "system" else _glibc()
-    if library is None:
-        return SYSTEM_DEFAULT
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, TOP_PAD))
-    if not all(library.mallopt(parameter, value) for parameter, value in settings):
-        return SYSTEM_DEFAULT
-    return f"glibc malloc that keeps its pages (M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD={TOP_PAD})"
+    if _glibc() is None and os.environ.get("LD_PRELOAD"):
+        theirs.append(f"LD_PRELOAD={os.environ['LD_PRELOAD']}")
+    return f"as the environment says ({', '.join(theirs)})" if theirs else "the system's default"
 
 
 def _set_by_user() -> list[str]:

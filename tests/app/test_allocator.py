@@ -56,9 +56,8 @@ def test_the_installed_command_does_it_too() -> None:
     script = Path(sys.executable).with_name("btinet")
     if not script.exists():
         pytest.skip("the console script is not installed beside this Python")
-    code = (
-        f"sys.argv[:] = ['btinet', 'backends']; import runpy\ntry: runpy.run_path({str(script)!r}, run_name='__main__')"
-    )
+    run = f"try: runpy.run_path({str(script)!r}, run_name='__main__')"
+    code = f"sys.argv[:] = ['btinet', 'backends']; import runpy\n{run}"
     done = python(f"{code}\nexcept SystemExit: probe('end')")
     assert done.stderr.split() == ["torch", "kept", "end", "kept"]
 
