@@ -23,6 +23,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_tim": ("native", "triton", "cuda"),
     "fused_upa": ("native", "triton", "cuda"),
     "fused_task_interaction": ("native", "triton", "cuda"),
+    "fused_squeeze_excite": ("native", "triton", "cuda"),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 

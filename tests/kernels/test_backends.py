@@ -22,7 +22,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     report = backends()
-    assert set(report) == {"fused_tim", "fused_upa", "fused_task_interaction"}
+    assert set(report) == {"fused_tim", "fused_upa", "fused_task_interaction", "fused_squeeze_excite"}
     assert report["fused_tim"]["native"].startswith("serves CPU tensors")
     assert "fused_upa" in capsys.readouterr().out
     with use_backend("reference"):

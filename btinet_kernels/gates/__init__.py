@@ -1,0 +1,1 @@
+"""Gates over the channels and positions of one dense tensor."""
