@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite
+from btinet_kernels.gates.squeeze_excite_reference import Activation, Gate, SqueezeExciteWeights
 from btinet_kernels.interaction.op import InteractionResult, fused_task_interaction, fused_tim, fused_upa
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
 
@@ -249,6 +251,31 @@ class DualPathAttention(nn.Module):
         channel_gate = self.channel_path(x.flatten(2).mean(2))
         summary = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)
         return x * _over_space(channel_gate, x) * torch.sigmoid(self.spatial_path(summary))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate from the channels' means (arXiv 1709.01507): ``[B, C, *spatial]`` → same.
+
+    Args:
+        channels: C.
+        reduced: width between the two layers.
+        act: ``"relu"`` or ``"silu"``.
+        gate: ``"sigmoid"`` or ``"hardsigmoid"``.
+    """
+
+    def __init__(self, channels: int, reduced: int, act: Activation = "relu", gate: Gate = "sigmoid") -> None:
+        super().__init__()
+        self.act: Activation = act
+        self.gate: Gate = gate
+        self.reduce = nn.Linear(channels, reduced)
+        self.expand = nn.Linear(reduced, channels)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``fused_squeeze_excite``."""
+        reduce, expand = self.reduce, self.expand
+        weights = SqueezeExciteWeights(reduce.weight, reduce.bias, expand.weight, expand.bias)
+        return fused_squeeze_excite(x, weights, act=self.act, gate=self.gate)
 
 
 class ResidualBlock(nn.Module):
