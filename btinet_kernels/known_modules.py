@@ -21,6 +21,7 @@ OURS = {
 _ACTIVATIONS: dict[str, Activation] = {
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.SiLU": "silu",
+    "timm.layers.activations.Swish": "silu",
 }
 _GATES: dict[str, Gate] = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",

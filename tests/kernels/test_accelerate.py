@@ -5,6 +5,9 @@ import functools
 import io
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +62,9 @@ class TheirTIM(nn.Module):
 
 
 def tim_inputs(module: TheirTIM) -> tuple[Tensor, Tensor]:
-    return torch.randn(4, module.channels, 9, 8), torch.randn(4, module.features)
+    return torch.randn(4, module.channels, 9, 8) + torch.randn(4, module.channels, 1, 1), torch.randn(
+        4, module.features
+    )
 
 
 def fused_tim_of_theirs(module: TheirTIM):  # type: ignore[no-untyped-def]
@@ -80,7 +85,7 @@ def fused_tim_of_theirs(module: TheirTIM):  # type: ignore[no-untyped-def]
 @pytest.fixture(autouse=True)
 def registrations(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten after it."""
-    module = __import__("sys").modules["btinet_kernels.accelerate"]
+    module = sys.modules["btinet_kernels.accelerate"]
     monkeypatch.setattr(module, "_registered", dict(module._registered))
 
 
@@ -255,20 +260,24 @@ def test_a_pickle_without_its_registration_is_an_ordinary_module() -> None:
     module = TheirTIM()
     assert accelerate(module).replaced
     saved = pickle.dumps(module)
-    del __import__("sys").modules["btinet_kernels.accelerate"]._registered[f"{__name__}.TheirTIM"]
+    del sys.modules["btinet_kernels.accelerate"]._registered[f"{__name__}.TheirTIM"]
     assert type(pickle.loads(saved)) is TheirTIM
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "native"])
 def test_compiles_in_one_graph(backend: str) -> None:
-    model = fresh("timm mobilenetv3_small_050").float()
-    accelerate(model)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), EfficientNetSE(8, rd_channels=4), TorchvisionSE(8, 4))
+    assert len(accelerate(model).replaced) == 2
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    x = image().float()
+    x = torch.randn(2, 3, 12, 11)
     with use_backend(backend):
-        assert_same(run(compiled, x), run(model, x), 1e-3)
+        assert_same(run(compiled, x), run(model, x))
+    # What is exchanged after compiling is noticed too.
+    model[1].act1.register_forward_hook(lambda module, args, out: out * 2)
+    with use_backend(backend):
+        assert_same(run(compiled, x), run(model, x))
 
 
 def test_a_module_used_twice_stays_one() -> None:
@@ -362,10 +371,27 @@ def test_a_foreign_module_through_the_decorator(training: bool) -> None:
     assert report.replaced == ["tim"], str(report)
     assert str(report.modules[0]) == "replaced by fused_tim"
     seg, clf = tim_inputs(module)
-    for a, b in zip(fast(seg, clf), module(seg, clf), strict=True):
+    ours = fast(seg, clf)
+    assert "_Level" in str(ours[0].grad_fn)
+    for a, b in zip(ours, module(seg, clf), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     for a, b in zip(fast.buffers(), module.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_in_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "accelerate.md").read_text(encoding="utf-8")
+    code, printed = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL)[1] for kind in ("python", "text"))  # type: ignore[index]
+    names: dict[str, object] = {"__name__": "example"}
+    exec(code, names)
+    assert capsys.readouterr().out == printed
+    model, seg, clf = names["model"].eval(), torch.randn(3, 6, 9, 8), torch.randn(3, 5)  # type: ignore[attr-defined]
+    enhanced = model["tim"](seg, clf)
+    fast = [*enhanced, *model["upa"](seg, enhanced[0], clf, enhanced[1])]
+    restore(model)
+    enhanced = model["tim"](seg, clf)
+    for a, b in zip(fast, [*enhanced, *model["upa"](seg, enhanced[0], clf, enhanced[1])], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def module_with_its_tensors(theirs: TorchvisionSE) -> nn.Module:
@@ -466,9 +492,6 @@ def test_our_own_modules_are_already_fused() -> None:
 
 
 def test_importing_does_not_import_other_libraries() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, btinet_kernels; print([m for m in ('timm', 'torchvision') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"
