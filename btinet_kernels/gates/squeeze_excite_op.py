@@ -28,7 +28,7 @@ from btinet_kernels.interaction.reference import Statistics, over_space
 
 # Where `auto` takes the reference on the CPU although the kernels could serve; docs/squeeze_excite.md has the
 # measurements. ATen's own passes are as fast as memory, so that only the backward is worth an operator.
-SMALLEST_ON_CPU = 0
+SMALLEST_ON_CPU = 1 << 18
 ATEN_DTYPES = (torch.float32, torch.float64)
 
 
@@ -67,9 +67,9 @@ def _reference_is_faster(x: Tensor, weights: SqueezeExciteWeights) -> bool:
     return not differentiated or torch.compiler.is_compiling() or x.numel() < SMALLEST_ON_CPU
 
 
-def _by_aten(*dense: Tensor) -> bool:
-    """Whether the passes other than ``channel_dot`` are ATen's: they need no tile of ``x`` packed."""
-    return all(t.device.type == "cpu" and t.dtype in ATEN_DTYPES for t in dense)
+def _by_aten(passes: Any, x: Tensor) -> bool:
+    """Whether the passes other than ``channel_dot`` are ATen's: the native ones pack tiles, as only products need."""
+    return passes.__name__.endswith(".native") and x.dtype in ATEN_DTYPES
 
 
 class WeightGradients(NamedTuple):
@@ -91,7 +91,8 @@ def gates_backward(
         share = torch.sigmoid(reduced)
         hidden = reduced * share
         slope = share + hidden * (1 - share)
-    d_expanded = d_gates * (gates * (1 - gates) if gate == "sigmoid" else ((gates > 0) & (gates < 1)) / 6)
+    between = ((gates > 0) & (gates < 1)).to(gates.dtype)
+    d_expanded = d_gates * (gates * (1 - gates) if gate == "sigmoid" else between / 6)
     d_reduced = (d_expanded @ weights.expand_weight) * slope
     of_weights = [d_reduced.t() @ mean, d_reduced.sum(0), d_expanded.t() @ hidden, d_expanded.sum(0)]
     there = [d for d, weight in zip(of_weights, weights, strict=True) if weight is not None]
@@ -133,9 +134,10 @@ _OPTIONS = "str act, str gate"
 def squeeze_excite(x: Tensor, *weights_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gated tensor, the gates and the mean."""
     *weights, act, gate = weights_and_options
-    if _by_aten(x):
+    passes = passes_for(x)
+    if _by_aten(passes, x):
         return _forward_by_aten(x, weights, act, gate)
-    out, gates, mean = _forward(passes_for(x), x, weights, act, gate)
+    out, gates, mean = _forward(passes, x, weights, act, gate)
     return in_format_of(x, out), gates, mean
 
 
@@ -160,7 +162,7 @@ def squeeze_excite_gradient(
     with torch.autocast(x.device.type, enabled=False):
         of = SqueezeExciteWeights(*converted(weights, mean.dtype))  # type: ignore[arg-type]
         gradient = gates_backward(passes.channel_dot(grad_dense, dense), mean, gates, of, act, gate)
-        if _by_aten(x, d_out):
+        if _by_aten(passes, x):
             shift = over_space(gradient.mean / max(x[0, 0].numel() if len(x) else 1, 1), x)
             d_x = torch.addcmul(shift, d_out, over_space(gates, x), out=torch.empty_like(x))
         else:

@@ -1,6 +1,10 @@
 """Fused squeeze-and-excitation against float64 mathematics: values, gradients, layouts, edges, compilers."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from btinet_kernels import SqueezeExciteWeights, fused_squeeze_excite, use_backend
-from btinet_kernels.gates.squeeze_excite_op import squeeze_excite, squeeze_excite_gradient
+from btinet_kernels.gates.squeeze_excite_op import SMALLEST_ON_CPU, squeeze_excite, squeeze_excite_gradient
 from btinet_kernels.nn import SqueezeExcite
 
 BACKENDS = ["reference", "native"]
@@ -126,8 +130,9 @@ def test_precision_of_each_dtype(dtype: torch.dtype, channels_last: bool) -> Non
 
 def test_autocast_leaves_the_mathematics_in_float32() -> None:
     x, w = dense((2, 8, 6, 6), True, torch.float32), weights(8, dtype=torch.float32)
-    plain = with_gradients(fused, x, w, "silu", "sigmoid")
-    with torch.autocast("cpu", torch.bfloat16):
+    with use_backend("native"):
+        plain = with_gradients(fused, x, w, "silu", "sigmoid")
+    with use_backend("native"), torch.autocast("cpu", torch.bfloat16):
         for a, b in zip(with_gradients(fused, x, w, "silu", "sigmoid"), plain, strict=True):
             assert torch.equal(a, b)
 
@@ -198,6 +203,43 @@ def test_exports(backend: str) -> None:
     with use_backend(backend):
         program = torch.export.export(module, (x,))
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.slow
+def test_through_the_triton_passes() -> None:
+    """Interpreted, in a process of its own: the interpreter is chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_squeeze_excite import *
+shapes = [(2, 17, 9, 11), (2, 3, 9), (2, 5, 4, 3, 4), (2, 6, 1, 1)]
+for shape, channels_last in itertools.product(shapes, [False, True]):
+    x, w = dense(shape, channels_last, torch.float32), weights(shape[1], dtype=torch.float32)
+    exact = with_gradients(by_hand, x.double(), SqueezeExciteWeights(*(t.double() for t in w)), "silu", "hardsigmoid")
+    with use_backend("triton"):
+        ours = with_gradients(fused, x, w, "silu", "hardsigmoid")
+    assert "_SqueezeExcite" in str(ours[0].grad_fn)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "BTINET_BACKEND": "auto"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_auto_takes_the_operator_where_it_is_faster() -> None:
+    """docs/squeeze_excite.md: where there is a backward of a large tensor."""
+    w = weights(16, dtype=torch.float32)
+    large = torch.randn(2, 16, 96, 96, requires_grad=True)
+    assert large.numel() >= SMALLEST_ON_CPU
+    small = torch.randn(1, 16, 8, 8, requires_grad=True)
+    assert "_SqueezeExcite" in str(fused(large, w, "silu", "sigmoid").grad_fn)
+    assert "_SqueezeExcite" not in str(fused(small, w, "silu", "sigmoid").grad_fn)
+    with use_backend("native"):
+        assert "_SqueezeExcite" in str(fused(small, w, "silu", "sigmoid").grad_fn)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        fused(large, w, "silu", "sigmoid")
+    assert not any("squeeze_excite" in event.key for event in profile.key_averages())
 
 
 def test_double_backward_is_served_by_the_reference_only() -> None:
