@@ -28,7 +28,7 @@ from btinet_kernels.interaction.reference import Statistics, over_space
 
 # Where `auto` takes the reference on the CPU although the kernels could serve; docs/squeeze_excite.md has the
 # measurements. ATen's own passes are as fast as memory, so that only the backward is worth an operator.
-SMALLEST_ON_CPU = 1 << 18
+SMALLEST_ON_CPU, SMALLEST_CONTIGUOUS_ON_CPU = 1 << 18, 1 << 21  # elements; channels_last, everything else
 ATEN_DTYPES = (torch.float32, torch.float64)
 
 
@@ -64,7 +64,8 @@ def _reference_is_faster(x: Tensor, weights: SqueezeExciteWeights) -> bool:
     if x.device.type != "cpu" or x.dtype not in ATEN_DTYPES or requested_backend() != "auto":
         return False
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
-    return not differentiated or torch.compiler.is_compiling() or x.numel() < SMALLEST_ON_CPU
+    smallest = SMALLEST_ON_CPU if x.stride(1) == 1 else SMALLEST_CONTIGUOUS_ON_CPU
+    return not differentiated or torch.compiler.is_compiling() or x.numel() < smallest
 
 
 def _by_aten(passes: Any, x: Tensor) -> bool:

@@ -14,7 +14,12 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from btinet_kernels import SqueezeExciteWeights, fused_squeeze_excite, use_backend
-from btinet_kernels.gates.squeeze_excite_op import SMALLEST_ON_CPU, squeeze_excite, squeeze_excite_gradient
+from btinet_kernels.gates.squeeze_excite_op import (
+    SMALLEST_CONTIGUOUS_ON_CPU,
+    SMALLEST_ON_CPU,
+    squeeze_excite,
+    squeeze_excite_gradient,
+)
 from btinet_kernels.nn import SqueezeExcite
 
 BACKENDS = ["reference", "native"]
@@ -230,10 +235,12 @@ for shape, channels_last in itertools.product(shapes, [False, True]):
 def test_auto_takes_the_operator_where_it_is_faster() -> None:
     """docs/squeeze_excite.md: where there is a backward of a large tensor."""
     w = weights(16, dtype=torch.float32)
-    large = torch.randn(2, 16, 96, 96, requires_grad=True)
-    assert large.numel() >= SMALLEST_ON_CPU
+    large = torch.randn(2, 16, 96, 96).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert SMALLEST_ON_CPU <= large.numel() < SMALLEST_CONTIGUOUS_ON_CPU
+    contiguous = large.detach().contiguous().requires_grad_()
     small = torch.randn(1, 16, 8, 8, requires_grad=True)
     assert "_SqueezeExcite" in str(fused(large, w, "silu", "sigmoid").grad_fn)
+    assert "_SqueezeExcite" not in str(fused(contiguous, w, "silu", "sigmoid").grad_fn)
     assert "_SqueezeExcite" not in str(fused(small, w, "silu", "sigmoid").grad_fn)
     with use_backend("native"):
         assert "_SqueezeExcite" in str(fused(small, w, "silu", "sigmoid").grad_fn)
