@@ -8,7 +8,9 @@ from typing import Any
 
 import machine
 
-machine.keep_pages()  # before anything is allocated, the same for all variants
+from btinet.allocator import keep_pages
+
+keep_pages()  # before anything is allocated, the same for all variants
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

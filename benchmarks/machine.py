@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import importlib.metadata
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
-TOP_PAD = 64 << 20
-
-_allocator = "the system's default"
-
-
-def keep_pages() -> None:
-    """Let glibc keep freed pages in this process: otherwise every step pays the page faults of large blocks again."""
-    global _allocator
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD))
-    if mallopt is not None and all(mallopt(parameter, value) for parameter, value in settings):
-        _allocator = f"glibc malloc that keeps its pages (M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD={TOP_PAD})"
+from btinet import allocator
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -42,7 +26,7 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_sets": cpu_extensions(),
         "native_instruction_set": instruction_set() if native_module is not None else None,
-        "allocator": _allocator,
+        "allocator": allocator.description(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -37,7 +37,8 @@ from typing import Any
 
 import torch
 from cases import BOTH, DECODER, FORWARD, VECTOR, Workload
-from machine import keep_pages
+
+from btinet.allocator import keep_pages
 
 FORMULA = "sum over passes of max(bytes / bandwidth, product_flops / product_peak + vector_flops / vector_peak)"
 REPEATS, MIN_SECONDS = 20, 0.05

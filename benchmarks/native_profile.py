@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from cases import BOTH, DECODER, LAYOUTS, Workload
-from machine import describe, keep_pages
+from machine import describe
 from variants import Problem, step
 
+from btinet.allocator import keep_pages
 from btinet_kernels.interaction import native
 
 WARM_UPS, ROUNDS = 10, 60

@@ -16,6 +16,7 @@ from typing import Literal, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from btinet import __version__
+from btinet.allocator import keep_pages
 from btinet.errors import UserError
 from btinet.training.options import TrainOptions
 
@@ -23,9 +24,15 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code.
+
+    Without ``arguments`` the process is ours: the command is on its command line, and freed memory stays in it (see
+    ``btinet.allocator``).
+    """
     parser = _parser()
     try:
+        if arguments is None:
+            keep_pages()  # before a command imports torch
         options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
         _quiet()
         _COMMANDS[options.command](options[options.command])

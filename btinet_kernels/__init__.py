@@ -1,13 +1,16 @@
 """Fused operators for multi-task networks whose tasks interact.
 
 Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``,
-``fused_dual_path_attention``. Modules: ``btinet_kernels.nn``. Which backend serves what on this machine:
-``backends()``.
+``fused_dual_path_attention``, ``fused_squeeze_excite``. Modules: ``btinet_kernels.nn``. In somebody else's model:
+``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
 """
 
+from btinet_kernels.accelerate import AccelerationReport, ModuleReport, accelerate, accelerates, restore
 from btinet_kernels.backends import BackendError, backends, use_backend
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
 from btinet_kernels.gates.reference import DualPathWeights
+from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite
+from btinet_kernels.gates.squeeze_excite_reference import SqueezeExciteWeights
 from btinet_kernels.interaction.op import (
     InteractionResult,
     fused_task_interaction,
@@ -21,17 +24,24 @@ from btinet_kernels.multi_scale.reference import ScaleWeights
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationReport",
     "BackendError",
     "DualPathWeights",
     "GateWeights",
     "InteractionResult",
     "InteractionWeights",
+    "ModuleReport",
     "ScaleWeights",
+    "SqueezeExciteWeights",
+    "accelerate",
+    "accelerates",
     "backends",
     "fused_dual_path_attention",
     "fused_multi_scale",
+    "fused_squeeze_excite",
     "fused_task_interaction",
     "fused_tim",
     "fused_upa",
+    "restore",
     "use_backend",
 ]

@@ -25,6 +25,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_task_interaction": ("native", "triton", "cuda"),
     "fused_multi_scale": ("native",),
     "fused_dual_path_attention": ("native",),
+    "fused_squeeze_excite": ("native", "triton", "cuda"),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 

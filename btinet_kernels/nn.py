@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
 from btinet_kernels.gates.reference import KERNEL_WIDTH, DualPathWeights
+from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite
+from btinet_kernels.gates.squeeze_excite_reference import Activation, Gate, SqueezeExciteWeights
 from btinet_kernels.interaction.op import InteractionResult, fused_task_interaction, fused_tim, fused_upa
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
 from btinet_kernels.multi_scale.op import MergeCache, fused_multi_scale
@@ -267,6 +269,31 @@ class DualPathAttention(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``fused_dual_path_attention``: gate ``x``; with a residual, ``ReLU(gated x + residual)``."""
         return fused_dual_path_attention(x, self.weights(), residual)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate from the channels' means (arXiv 1709.01507): ``[B, C, *spatial]`` → same.
+
+    Args:
+        channels: C.
+        reduced: width between the two layers.
+        act: ``"relu"`` or ``"silu"``.
+        gate: ``"sigmoid"`` or ``"hardsigmoid"``.
+    """
+
+    def __init__(self, channels: int, reduced: int, act: Activation = "relu", gate: Gate = "sigmoid") -> None:
+        super().__init__()
+        self.act: Activation = act
+        self.gate: Gate = gate
+        self.reduce = nn.Linear(channels, reduced)
+        self.expand = nn.Linear(reduced, channels)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``fused_squeeze_excite``."""
+        reduce, expand = self.reduce, self.expand
+        weights = SqueezeExciteWeights(reduce.weight, reduce.bias, expand.weight, expand.bias)
+        return fused_squeeze_excite(x, weights, act=self.act, gate=self.gate)
 
 
 class ResidualBlock(nn.Module):

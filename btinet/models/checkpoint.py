@@ -36,6 +36,8 @@ def save_checkpoint(
     folder: str | os.PathLike[str], model: BTINet, classes: tuple[str, ...], preprocessing: Preprocessing
 ) -> None:
     """Write both files into ``folder``, each whole or not at all; raises ``UserError`` when it cannot."""
+    if model.batchnorms_left is not None:
+        raise UserError("a fused network is no checkpoint; save the one that fuse() was called on.")
     folder = Path(folder)
     content = {
         "format": FORMAT,

@@ -5,6 +5,7 @@ Source: arXiv 2606.29102 and its official code. Levels are named d1 (coarsest) t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from btinet.errors import UserError
 from btinet.models.encoder import ExpansionEncoder, PyramidEncoder
+from btinet.models.fusion import fold_batchnorms
 from btinet_kernels.interaction.reference import Pooling, Signals
 from btinet_kernels.nn import (
     NORM_EPSILON,
@@ -153,6 +155,7 @@ class BTINet(nn.Module):
         decoder_channels = _decoder_channels(config, channels)
         interactions = _interactions(config, len(decoder_channels))
         self.config = config
+        self.batchnorms_left: dict[str, str] | None = None  # of a fused network: path → why it could not be folded
         self.stride = reductions[-1]
         self.finest_stride = reductions[-1 - len(decoder_channels)]
         self.encoder = encoder
@@ -201,11 +204,35 @@ class BTINet(nn.Module):
 
     def train(self, mode: bool = True) -> BTINet:
         """As in ``nn.Module``, but a BatchNorm whose weight is frozen keeps to its running statistics."""
+        if mode and self.batchnorms_left is not None:
+            raise UserError("a fused network cannot be trained; train the one that fuse() was called on.")
         super().train(mode)
         for module in self.modules():
             if isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad:
                 module.eval()
         return self
+
+    def fuse(self, size: int = 64) -> BTINet:
+        """A copy for inference whose BatchNorms are folded into convolutions and linear layers, where that is exact.
+
+        Its outputs are the same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot
+        be trained or saved as a checkpoint.
+
+        Args:
+            size: of the random image that shows how the network is connected; for encoders that take one size only.
+
+        Raises:
+            UserError: the network is in training mode.
+        """
+        if self.training:
+            raise UserError("fuse() takes a network in evaluation mode, where BatchNorms are fixed; call eval() first.")
+        if self.batchnorms_left is not None:
+            return self
+        fused = copy.deepcopy(self).requires_grad_(False)
+        weight = next(self.parameters())
+        image = torch.rand(1, self.config.in_chans, size, size, device=weight.device, dtype=weight.dtype)
+        fused.batchnorms_left = fold_batchnorms(fused, image)
+        return fused
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The parameters that stage 2 trains: those of the gates (UPA)."""

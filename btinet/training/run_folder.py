@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from btinet import allocator
 from btinet.errors import UserError
 from btinet.files import atomic_path, write_text
 from btinet.training.curves import curves_figure
@@ -55,7 +55,7 @@ def write_environment(folder: Path, device: str, precision: str) -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")} or "default",
+        "allocator": allocator.description(),
     }
     write_text(folder / ENVIRONMENT_NAME, json.dumps(content, indent=2) + "\n")
 

@@ -1,1 +1,1 @@
-"""Gates over maps: dual-path attention."""
+"""Gates over the channels and positions of one dense tensor."""

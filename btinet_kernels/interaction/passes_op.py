@@ -120,7 +120,7 @@ def _(seg, grad, scale, mean, d_mean, d_variance, d_edges):  # type: ignore[no-u
 def no_double_backward(ctx: Any, *upstream: Tensor) -> None:
     """The backward of a backward."""
     raise RuntimeError(
-        "a fused interaction cannot be differentiated twice; compute the first gradient inside "
+        "a fused operator cannot be differentiated twice; compute the first gradient inside "
         "btinet_kernels.use_backend('reference') as well as the forward pass."
     )
 
