@@ -135,6 +135,7 @@ class TestPasses:
         ours, exact = run_passes(seg, grad, context_of(shape[1], pool), variance=True, edges=True)
         assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("channels_last", [False, True])
     @pytest.mark.parametrize("pool", POOLS)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -144,6 +145,7 @@ class TestPasses:
         assert largest_error(ours[:5], exact[:5]) < tolerance(torch.float32, seg.numel()) + 2.0**-14
         assert largest_error(ours, exact) < tolerance(dtype, seg.numel())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("pool", ["gap", "softmax"])
     @pytest.mark.parametrize(
         "view",
@@ -167,6 +169,7 @@ class TestPasses:
         ours, exact = run_passes(seg, grad, context_of(5, "gap"), variance=True, edges=True)
         assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("pool", ["gap", "softmax"])
     @pytest.mark.parametrize("shape", [(5, 20, 1, 1), (3, 20, 9, 5), (2, 140, 9, 4)])
     def test_programs_that_take_several_tiles_or_samples(
@@ -225,6 +228,7 @@ class TestPasses:
             ours, exact = run_passes(seg, dense(shape, False), context_of(shape[1], pool), variance=True, edges=True)
             assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
+    @pytest.mark.slow
     def test_a_context_too_wide_for_a_softmax_is_served_by_the_reference(self) -> None:
         seg = dense((1, 514, 1, 2), True, torch.bfloat16)
         ours, exact = run_passes(seg, seg, context_of(514, "softmax"), variance=True, edges=False)
@@ -239,6 +243,7 @@ class TestPasses:
         assert torch.equal(kept[0], again[0])
         assert all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
 
+    @pytest.mark.slow
     def test_repeats_are_bit_identical(self) -> None:
         seg, grad, context = dense((2, 24, 9, 7), True), dense((2, 24, 9, 7), False), context_of(24, "softmax")
         runs = []

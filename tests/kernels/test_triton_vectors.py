@@ -25,7 +25,8 @@ if SERVED:
 SIGNALS = ["none", "proxies", "variance"]
 WIDTH = {"none": 0, "proxies": 3, "variance": 2}
 # Samples, channels, features, context, projection, hidden width of the gate. Products take 16 to 64 of each at a time.
-SIZES = [(1, 1, 1, 1, 1, 1), (3, 5, 7, 2, 3, 4), (17, 33, 16, 65, 1, 32), (70, 40, 35, 67, 70, 70)]
+LARGE = [(17, 33, 16, 65, 1, 32), (70, 40, 35, 67, 70, 70)]
+SIZES = [(1, 1, 1, 1, 1, 1), (3, 5, 7, 2, 3, 4), *(pytest.param(size, marks=pytest.mark.slow) for size in LARGE)]
 MIDDLE = (5, 35, 18, 9, 6, 7)
 
 
@@ -150,6 +151,7 @@ class TestVectors:
     def test_sizes(self, size: tuple[int, ...], signals: str, training: bool) -> None:
         check(Case(signals, training, size))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("signals", SIGNALS)
     def test_several_blocks_in_every_loop(self, signals: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"PARTS": 2, "WIDE": 16, "TILE": 16, "COLUMNS_OF_A_GRADIENT": 16}.items():
@@ -157,11 +159,13 @@ class TestVectors:
         monkeypatch.setattr(vectors, "power_of_two", lambda size, least, most: 16)
         check(Case(signals, True, (35, 100, 81, 33, 40, 20)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("signals", SIGNALS)
     def test_a_large_batch(self, signals: str) -> None:
         batch = 140 if INTERPRETED and signals != "none" else 515  # the interpreter takes one sample after the other
         check(Case(signals, True, (batch, 20, 18, 5, 6, 7)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("signals", "training"), list(itertools.product(SIGNALS, [True, False])))
     def test_gradient_is_that_of_the_reference(self, signals: str, training: bool) -> None:
         case = Case(signals, training, MIDDLE)
@@ -192,6 +196,7 @@ class TestVectors:
         assert max(b.abs().max() for b in exact if b.numel()) > 1e2
         assert largest_error(ours, exact) < 4 * case.tolerance
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("signals", "training"), list(itertools.product(SIGNALS, [True, False])))
     def test_every_output_is_written(self, signals: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         like, new = torch.empty_like, torch.Tensor.new_empty
@@ -204,6 +209,7 @@ class TestVectors:
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(new(*args, **options)))
         check(case)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("signals", SIGNALS)
     def test_strides_are_honoured(self, signals: str) -> None:
         case = Case(signals, True, MIDDLE)
@@ -227,6 +233,7 @@ class TestVectors:
         assert mean.isnan().all()
         assert largest_error(case.backward(), case.exact_backward()) == 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("signals", SIGNALS)
     def test_nan_is_not_hidden(self, signals: str) -> None:
         case = Case(signals, False, MIDDLE)
@@ -259,13 +266,14 @@ class TestVectors:
         assert exact.max() < 4 * spread**2
         torch.testing.assert_close(case.forward()[3][:, 2].double(), exact, rtol=1e-5, atol=0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("signals", SIGNALS)
     def test_repeats_are_bit_identical(self, signals: str) -> None:
         case = Case(signals, True, MIDDLE)
         for run in (case.forward, case.backward):
             assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
-    @pytest.mark.parametrize("signals", SIGNALS)
+    @pytest.mark.parametrize("signals", ["none", *(pytest.param(s, marks=pytest.mark.slow) for s in SIGNALS[1:])])
     def test_a_wrong_coefficient_is_noticed(self, signals: str) -> None:
         exact = Case(signals, False, MIDDLE)
         forward, backward = exact.exact_forward()[:4], exact.exact_backward()
