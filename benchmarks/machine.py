@@ -63,6 +63,9 @@ def cpu_model() -> str:
     """The processor's name without trade marks and clock rate."""
     name = _cpu_info("model name") or platform.processor() or platform.machine()
     name = re.sub(r"\((R|TM|r|tm)\)|@.*|\b(CPU|Processor|\d+-Core)\b", " ", name)
+    family, model = _cpu_info("cpu family"), _cpu_info("model")
+    if family and model and not re.search(r"\d", name):  # a virtual machine hides which generation it is
+        name += f" family {family} model {model}"
     return " ".join(name.split())
 
 

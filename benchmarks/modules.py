@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from variants import GateError
 
 from btinet_kernels import use_backend
-from btinet_kernels.nn import MultiScaleContextFusion
+from btinet_kernels.nn import DualPathAttention, MultiScaleContextFusion
 
 ENCODER = ((144, 112), (192, 56), (336, 28), (960, 14), (1792, 7))  # C, height = width
 DECODER = ((384, 14), (192, 28), (96, 56), (48, 112))
@@ -40,9 +40,21 @@ class ModuleCase:
         return f"{self.operator} {self.channels}x{self.size}x{self.size}, B={self.batch}"
 
 
+class GatedResidual(nn.Module):
+    """Dual-path attention as it ends a residual block: ``ReLU(attention(x) + x)``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attention = DualPathAttention(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x)
+
+
 def module_cases() -> list[ModuleCase]:
     """All of them, those that take most of a training step first."""
-    return [ModuleCase("multi-scale fusion", c, s, MultiScaleContextFusion) for c, s in ENCODER + DECODER]
+    fusions = [ModuleCase("multi-scale fusion", c, s, MultiScaleContextFusion) for c, s in ENCODER + DECODER]
+    return fusions + [ModuleCase("dual-path attention", c, s, GatedResidual) for c, s in ENCODER]
 
 
 class ModuleProblem:
