@@ -42,7 +42,7 @@ class Bands {
   }
 
  private:
-  static constexpr int64_t kBytes = 3 << 20;
+  static constexpr int64_t kBytes = 8 << 20;  // smaller bands stay in nearer caches, but threads meet after each
   static constexpr int64_t kFewestPositions =
       512;  // sums over fewer would be added to the weights' gradients too often
   int64_t slab_, slabs_;

@@ -79,6 +79,7 @@ class MultiScaleBackward {
         through_convolutions(band, kept, own);
         add_sums(band, kept);
         keep(band, kept);
+#pragma omp barrier
       }
       finish();
     }
@@ -300,7 +301,7 @@ class MultiScaleBackward {
     for (int64_t k = 0; k < size; ++k)
       for (int64_t index = 0; index < band.samples * groups(kept); ++index)
         d_taps_[(band.sample + index / groups(kept)) * size + k] += tap_sums_[index * size + k];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t o = 0; o < middle_stride_ + of_grad_.stride(); ++o)
       for (int64_t index = 0; index < band.samples * tiles(band); ++index) {
         const T sum = bias_sums_[index * (middle_stride_ + of_grad_.stride()) + o];
@@ -317,7 +318,7 @@ class MultiScaleBackward {
     const int64_t first = std::max<int64_t>(0, kept.end - kReach);
     const int64_t from = (first - kept.first) * bands_.slab() * lanes,
                   count = (band.end - first) * bands_.slab() * lanes;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t vector = 0; vector < columns_ / lanes; ++vector)
       std::memmove(&v_[vector * run()], &v_[vector * run() + from], count * sizeof(T));
   }
