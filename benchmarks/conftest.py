@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("interaction benchmarks")
     group.addoption("--quick", action="store_true", help="only the decoder's shapes in float32, channels_last")
     group.addoption("--full", action="store_true", help="also the combinations that take long to compile")
+    group.addoption("--no-compile", action="store_true", help="the network without torch.compile, which takes minutes")
     group.addoption("--shapes", default="", help="only workloads whose name contains this, e.g. '384x14'")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     group.addoption("--rounds", type=int, default=20, help="samples of each variant at least (default 20)")

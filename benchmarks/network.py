@@ -7,7 +7,6 @@ As a script it prints the peak memory of one variant in a process of its own:
 from __future__ import annotations
 
 import copy
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    import machine
+from btinet.allocator import keep_pages
 
-    machine.keep_pages()
+if __name__ == "__main__":
+    keep_pages()  # before anything is allocated
 
 import torch
 from timing import Sample, cpu_sample
@@ -110,7 +109,7 @@ class NetworkProblem:
 
 def peak_memory_mib(case: NetworkCase, variant: str) -> float:
     """Peak resident memory of a process that does nothing but three steps of a variant."""
-    command = [sys.executable, "-P", str(Path(__file__)), case.mode, str(case.batch), variant]
+    command = [sys.executable, str(Path(__file__)), case.mode, str(case.batch), variant]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -123,7 +122,9 @@ def _print_peak(mode: str, batch: str, variant: str) -> None:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not ru_maxrss, which a process inherits from the one that started it
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 if __name__ == "__main__":

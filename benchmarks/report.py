@@ -1,7 +1,7 @@
 """Tables and the roofline picture from the committed measurements: ``python benchmarks/report.py``.
 
-Rewrites the README between its two marker comments, ``docs/interaction_benchmarks.md`` (every case and variant) and
-``docs/interaction_roofline.png``.
+Rewrites the README between its two marker comments, ``docs/interaction_benchmarks.md`` (every case and variant),
+``docs/interaction_roofline.png`` and ``docs/network_benchmarks.md``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from report_modules import network_report
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- interaction benchmarks -->", "<!-- end of interaction benchmarks -->"
@@ -205,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         (options.docs / "interaction_benchmarks.md").write_text(full_report(results))
         draw(results, options.docs / "interaction_roofline.png")
+    if any(options.results.glob("*/modules.json")) or any(options.results.glob("*/network.json")):
+        (options.docs / "network_benchmarks.md").write_text(network_report(options.results))
     slugs = ", ".join(result["machine"]["slug"] for result in results)
     print(f"reported: {slugs or f'nothing, there are no results in {options.results}'}")
 

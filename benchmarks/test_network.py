@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from network import NetworkCase, NetworkProblem, network_cases, peak_memory_mib
+from network import VARIANTS, NetworkCase, NetworkProblem, network_cases, peak_memory_mib
 from timing import interleaved
 
 
@@ -14,7 +14,8 @@ def test_network(benchmark: Any, case: NetworkCase, recorder: Any, request: pyte
     recorder.refuse_if_late(case.name)
     if recorder.device != "cpu":
         pytest.skip("the network is measured on the CPU")
-    problem = NetworkProblem(case)
+    names = [n for n in VARIANTS if "compile" not in n or not request.config.getoption("no_compile")]
+    problem = NetworkProblem(case, tuple(names))
     summaries = interleaved(problem.samples(case.mode), min_rounds=request.config.getoption("rounds"))
     recorder.network.append(
         {

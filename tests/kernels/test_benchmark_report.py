@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import report
+import report_modules
 
 SHAPES = [(384, 14), (192, 28), (96, 56), (48, 112)]
 
@@ -107,3 +108,23 @@ def test_readme_and_docs_are_what_the_committed_results_say() -> None:
     if results:
         every_case = report.CHECKOUT / "docs" / "interaction_benchmarks.md"
         assert every_case.read_text() == report.full_report(results), "run `python benchmarks/report.py`"
+
+
+def test_modules_are_summed_and_losses_said(tmp_path: Path) -> None:
+    def module(size: int, **medians: float) -> dict:
+        made = case(8, size, {"ours compiled": 5.0, **medians})
+        return made | {"operator": "sieve", "name": f"sieve 8x{size}x{size}, B=8", "direction": "forward"}
+
+    cases = [module(4, eager=12.0, compile=9.0, ours=4.0), module(2, eager=3.0, compile=1.0, ours=2.0)]
+    machine = {"cpu": "Abacus", "cores": 2, "torch": "2.15.0", "allocator": "glibc", "date": "2026-01-02"}
+    (tmp_path / "abacus").mkdir()
+    (tmp_path / "abacus" / "modules.json").write_text(json.dumps({"machine": machine, "cases": cases}))
+    text = report_modules.network_report(tmp_path)
+    assert "eager 15, compile 10, ours 6: 2.50× and 1.67×" in text
+    assert "- sieve 8x2x2, B=8, forward: compile 1.00, ours 2.00" in text
+    assert "3.00 | 2.25 |" in text
+
+
+def test_the_committed_network_report_is_up_to_date() -> None:
+    results = report.CHECKOUT / "benchmarks" / "results"
+    assert (report.CHECKOUT / "docs" / "network_benchmarks.md").read_text() == report_modules.network_report(results)

@@ -1,0 +1,97 @@
+"""``docs/network_benchmarks.md`` from the committed measurements of modules and of the network.
+
+``python benchmarks/report.py`` calls it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+VARIANTS = ("eager", "compile", "ours", "ours compiled")
+Case = dict[str, Any]
+
+
+def network_report(results: Path) -> str:
+    """Every case of every machine, and where a baseline was faster."""
+    parts = [
+        "# Benchmarks of the network and its modules\n",
+        "Written by `python benchmarks/report.py` from `benchmarks/results`. Float32, channels_last, medians in ms\n"
+        "(quartiles), interleaved in one process after a comparison with float64 (modules) or with eager PyTorch\n"
+        "(network). *eager* and *compile* are plain PyTorch modules and `torch.compile` of them, *ours compiled* is\n"
+        "`torch.compile` of ours. Module forwards are without recording; those of *ours* keep merged weights.\n",
+    ]
+    for folder in sorted(results.iterdir()):
+        files = [folder / f"{name}.json" for name in ("network", "modules")]
+        measured = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not measured:
+            continue
+        machine = measured[0]["machine"]
+        parts.append(f"## {machine['cpu']}, {machine['cores']} cores\n")
+        parts.append(f"torch {machine['torch']}, {machine['allocator']}, {machine['date']}.\n")
+        for cases in (m["cases"] for m in measured):
+            parts.append(_table(cases))
+            parts.append(_sums(cases))
+            parts.append(_losses(cases))
+        parts += [_peaks(m["cases"]) for m in measured]
+    return "\n".join(part for part in parts if part)
+
+
+def _table(cases: Iterable[Case]) -> str:
+    header = ("case", *VARIANTS, "× eager", "× compile")
+    lines = [header, ["---"] * len(header)]
+    for case in cases:
+        found = case["variants"]
+        spreads = [_spread(found.get(name)) for name in VARIANTS]
+        ours = found["ours"]["median_ms"]
+        ratios = [f"{found[n]['median_ms'] / ours:.2f}" if n in found else "–" for n in ("eager", "compile")]
+        lines.append([_label(case), *spreads, *ratios])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _sums(cases: Iterable[Case]) -> str:
+    """Of an operator over all its shapes."""
+    totals: dict[tuple[str, str], dict[str, float]] = {}
+    for case in cases:
+        if "operator" not in case:
+            continue
+        total = totals.setdefault((case["operator"], case["direction"]), dict.fromkeys(VARIANTS, 0.0))
+        for name in VARIANTS:
+            total[name] += case["variants"][name]["median_ms"]
+    lines = [
+        f"- {operator}, {direction}, all shapes: eager {t['eager']:.0f}, compile {t['compile']:.0f}, ours "
+        f"{t['ours']:.0f}: {t['eager'] / t['ours']:.2f}× and {t['compile'] / t['ours']:.2f}×"
+        for (operator, direction), t in totals.items()
+    ]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _losses(cases: Iterable[Case]) -> str:
+    lost = [
+        f"- {_label(case)}: {name} {case['variants'][name]['median_ms']:.2f}, "
+        f"ours {case['variants']['ours']['median_ms']:.2f}"
+        for case in cases
+        for name in ("eager", "compile")
+        if name in case["variants"] and case["variants"][name]["median_ms"] < case["variants"]["ours"]["median_ms"]
+    ]
+    return "A baseline was faster here:\n\n" + "\n".join(lost) + "\n" if lost else ""
+
+
+def _peaks(cases: Iterable[Case]) -> str:
+    lines = [
+        f"- {case['name']}: eager {peaks['eager']:.0f} MiB, ours {peaks['ours']:.0f} MiB "
+        f"({peaks['ours'] / peaks['eager']:.0%})"
+        for case in cases
+        if (peaks := case.get("peak_mib"))
+    ]
+    return "Peak resident memory of a process that takes three steps:\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _spread(summary: dict[str, float] | None) -> str:
+    return f"{summary['median_ms']:.1f} ({summary['q1_ms']:.1f} … {summary['q3_ms']:.1f})" if summary else "–"
+
+
+def _label(case: Case) -> str:
+    return case["name"] if case["direction"] in case["name"] else f"{case['name']}, {case['direction']}"
