@@ -31,7 +31,8 @@ on_device = [pytest.mark.usefixtures("seeded"), *needs_kernels]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POOLS = [None, "gap", "softmax"]
 # Tiles hold 16 to 128 positions and 16 or 32 channels: sizes below, at and above, in one to three dimensions.
-SHAPES = [(2, 3, 9), (2, 16, 8, 6), (1, 33, 9, 7), (2, 5, 8, 3, 4), (2, 6, 1, 1), (1, 1, 5, 7), (1, 140, 3, 6)]
+SHAPES = [(2, 3, 9), (2, 16, 8, 6), (2, 6, 1, 1), (1, 1, 5, 7)]
+SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 33, 9, 7), (2, 5, 8, 3, 4), (1, 140, 3, 6))]
 
 
 @pytest.fixture
