@@ -160,7 +160,8 @@ def test_all_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
     cases = [
         (*shape, batch, *rest) for shape in SHAPES for batch in (8, 128) for rest in product(dtypes, layouts, pools)
     ]
-    cases += [(*shape, batch, "float32", "channels_last", "vectors") for shape in SHAPES for batch in (8, 128)]
+    # The few above have the widest and the narrowest level's vectors; a level takes minutes.
+    cases += [(*shape, "float32", "channels_last", "vectors") for shape in ((192, 28, 8), (96, 56, 128))]
     check(capability, [*cases, (192, 28, 8, "float16", "channels_last", "gap")], tmp_path)
 
 
