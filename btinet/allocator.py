@@ -1,7 +1,7 @@
 """glibc's malloc as the command line wants it: freed pages stay in the process.
 
-By default large blocks go back to the system, and every training step pays their page faults again: 1.6 times the time
-of a step on two cores. Only an application may decide this, so importing a package of ours never does.
+By default large blocks go back to the system, and every training step pays their page faults again. Only an application
+may decide this, so importing a package of ours never does.
 """
 
 from __future__ import annotations
