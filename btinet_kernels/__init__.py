@@ -1,6 +1,6 @@
 """Fused operators for multi-task networks whose tasks interact.
 
-Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``,
+Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``, ``fused_separable_conv``,
 ``fused_dual_path_attention``, ``fused_squeeze_excite``. Modules: ``btinet_kernels.nn``. In somebody else's model:
 ``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
 """
@@ -20,24 +20,29 @@ from btinet_kernels.interaction.op import (
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights
 from btinet_kernels.multi_scale.op import fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
+from btinet_kernels.separable.op import fused_separable_conv
+from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccelerationReport",
     "BackendError",
+    "BatchNormWeights",
     "DualPathWeights",
     "GateWeights",
     "InteractionResult",
     "InteractionWeights",
     "ModuleReport",
     "ScaleWeights",
+    "SeparableWeights",
     "SqueezeExciteWeights",
     "accelerate",
     "accelerates",
     "backends",
     "fused_dual_path_attention",
     "fused_multi_scale",
+    "fused_separable_conv",
     "fused_squeeze_excite",
     "fused_task_interaction",
     "fused_tim",

@@ -24,6 +24,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_upa": ("native", "triton", "cuda"),
     "fused_task_interaction": ("native", "triton", "cuda"),
     "fused_multi_scale": ("native",),
+    "fused_separable_conv": ("native",),
     "fused_dual_path_attention": ("native",),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
 }

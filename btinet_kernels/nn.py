@@ -9,12 +9,13 @@ Source: arXiv 2606.29102 (BTI-Net) and 2603.01295 (its predecessor).
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from btinet_kernels.accelerated import has_hooks
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
 from btinet_kernels.gates.reference import KERNEL_WIDTH, DualPathWeights
 from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite
@@ -23,6 +24,8 @@ from btinet_kernels.interaction.op import InteractionResult, fused_task_interact
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
 from btinet_kernels.multi_scale.op import MergeCache, fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
+from btinet_kernels.separable.op import fused_separable_conv
+from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
 
 NORM_EPSILON = 1e-3  # Keras's BatchNormalization defaults; its momentum 0.99 is PyTorch's 0.01
 NORM_MOMENTUM = 0.01
@@ -182,7 +185,10 @@ class TaskInteractionLevel(nn.Module):
 
 
 class SeparableConv(nn.Sequential):
-    """Depthwise convolution without bias, then a pointwise one with bias; the size is kept."""
+    """Depthwise convolution without bias, then a pointwise one with bias; the size is kept.
+
+    With kernels of width 3 it is ``fused_separable_conv``, which can do a ReLU and a BatchNorm that follow as well.
+    """
 
     def __init__(
         self,
@@ -205,6 +211,24 @@ class SeparableConv(nn.Sequential):
             bias=False,
         )
         self.pointwise = convolution(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, relu: bool = False, norm: nn.Module | None = None) -> Tensor:
+        """Apply the convolutions to ``[B, C_in, …]``, then, if asked, a ReLU and a BatchNorm."""
+        norm = None if isinstance(norm, nn.Identity) else norm  # folded away
+        if self.depthwise.kernel_size[0] != 3 or not (norm is None or _is_plain(norm)):
+            out = super().forward(x)
+            out = F.relu(out) if relu else out
+            return out if norm is None else norm(out)
+        weights = SeparableWeights(self.depthwise.weight, self.pointwise.weight, self.pointwise.bias)
+        dilation = self.depthwise.dilation[0]
+        if norm is None:
+            return fused_separable_conv(x, weights, dilation=dilation, relu=relu)
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        of_norm = BatchNormWeights(norm.weight, norm.bias, norm.running_mean, norm.running_var)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"training": norm.training, "momentum": norm.momentum, "eps": norm.eps}
+        return fused_separable_conv(x, weights, dilation=dilation, relu=relu, norm=of_norm, **options)
 
 
 class MultiScaleContextFusion(nn.Module):
@@ -322,8 +346,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
-        out = self.norm1(F.relu(self.conv1(x)))
-        out = self.multi_scale(self.norm2(self.conv2(out)))
+        out = self.conv1(x, relu=True, norm=self.norm1)
+        out = self.multi_scale(self.conv2(out, norm=self.norm2))
         residual = x if self.projection is None else self.projection(x)
         return F.relu(out + residual) if self.attention is None else self.attention(out, residual)
 
@@ -374,6 +398,13 @@ def _momentum(norm: nn.BatchNorm1d) -> float:
     if norm.momentum is None:
         raise ValueError("the interaction's BatchNorm needs a momentum; cumulative averages are not supported.")
     return norm.momentum
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether a BatchNorm does nothing but what ``fused_separable_conv`` does, and nobody watches it."""
+    if not isinstance(norm, tuple(_NORMS.values())) or type(norm) not in _NORMS.values() or has_hooks(norm):
+        return False
+    return bool(norm.affine and norm.track_running_stats and norm.momentum is not None)
 
 
 def _over_space(vector: Tensor, dense: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from btinet_kernels.backends import native_module
 from btinet_kernels.interaction.passes_op import accumulation_dtype
 from btinet_kernels.interaction.pointers import sizes_and_strides
+from btinet_kernels.multi_scale.reference import DILATIONS
 
 
 class Kernels(NamedTuple):
@@ -71,7 +72,7 @@ def _weights(x: Tensor, kernels: Kernels) -> tuple[Any, list[int]]:
 def _sizes(x: Tensor, kernels: Kernels) -> Any:
     middle, stride = kernels.pointwise[0].shape[0], kernels.pointwise[0].stride(0)
     outputs = middle if kernels.fusion is None else kernels.fusion.shape[0]
-    return native_module.ScaleSizes(x.ndim - 2, middle, outputs, stride)
+    return native_module.ScaleSizes(x.ndim - 2, DILATIONS, middle, outputs, stride)
 
 
 def _addresses(kernels: Kernels) -> list[int]:

@@ -1,4 +1,4 @@
-// Depthwise convolutions of three taps along each axis, dilated by 1, 2 and 4 and padded with zeros, and their
+// Depthwise convolutions of three taps along each axis, dilated and padded with zeros, of several scales, and their
 // gradients. Channels lie side by side. Compiled once per instruction set (BTINET_ISA).
 #pragma once
 
@@ -32,9 +32,9 @@ class ImageRows {
                   z = row / height_ + (axes_ == 3 ? r / 3 - 1 : 0) * distance;
     return y < 0 || y >= height_ || z < 0 || z >= depth_ ? -1 : z * height_ + y;
   }
-  // The rows [first, last) that the taps of [begin, end) reach.
-  std::pair<int64_t, int64_t> reached(int64_t begin, int64_t end) const {
-    const int64_t reach = kDilations[kScales - 1] * (axes_ == 3 ? height_ + 1 : axes_ == 2 ? 1 : 0);
+  // The rows [first, last) that taps of [begin, end) reach that lie `distance` apart.
+  std::pair<int64_t, int64_t> reached(int64_t begin, int64_t end, int64_t distance) const {
+    const int64_t reach = distance * (axes_ == 3 ? height_ + 1 : axes_ == 2 ? 1 : 0);
     return {std::max<int64_t>(0, begin - reach), std::min(count(), end + reach)};
   }
 
@@ -49,19 +49,21 @@ class TapTable {
  public:
   TapTable(const ScaleWeights<T>& weights, int64_t channels, int rows)
       : weights_(weights), channels_(channels), stride_(padded<T>(channels)), taps_(3 * rows) {
-    values_.fill(kScales * taps_ * stride_, T(0));
+    values_.fill(weights.scales * taps_ * stride_, T(0));
   }
 
   // Multiplied by the sample's shares.
   void set_sample(int64_t sample) {
-    for (int i = 0; i < kScales; ++i)
+    for (int i = 0; i < weights_.scales; ++i) {
+      const T share = weights_.share ? weights_.share[sample * weights_.scales + i] : T(1);
       for (int64_t c = 0; c < channels_; ++c)
         for (int t = 0; t < taps_; ++t)
-          values_[(i * taps_ + t) * stride_ + c] =
-              weights_.taps[i][c * taps_ + t] * weights_.share[sample * kScales + i];
+          values_[(i * taps_ + t) * stride_ + c] = weights_.taps[i][c * taps_ + t] * share;
+    }
   }
-  // The vector of channels at c of tap t.
-  Vector<T> at(int scale, int t, int64_t c) const { return load(&values_[(scale * taps_ + t) * stride_ + c]); }
+  // Tap t of all channels; taps lie `stride` apart.
+  const T* tap(int scale, int t) const { return &values_[(scale * taps_ + t) * stride_]; }
+  int64_t stride() const { return stride_; }
 
  private:
   const ScaleWeights<T>& weights_;
@@ -86,24 +88,6 @@ inline void for_each_column(int64_t begin, int64_t end, int64_t width, int64_t d
   for (; x < std::min(dilation, end); ++x) at(x, std::false_type{});
   for (; x < std::min(width - dilation, end); ++x) at(x, std::true_type{});
   for (; x < end; ++x) at(x, std::false_type{});
-}
-
-// out[x] (+)= sum over taps k[n][t] * row[n][x + (t - 1) dilation], one vector of channels.
-template <bool kAdd, class T, int N>
-inline void convolve_row(const TapRows<T, N>& taps, int64_t step, int64_t dilation, int64_t width, int64_t begin,
-                         int64_t end, T* out, int64_t out_step) {
-  const int64_t reach = dilation * step;
-  for_each_column(begin, end, width, dilation, [&](int64_t x, auto whole) {
-    T* to = out + (x - begin) * out_step;
-    Vector<T> sum = kAdd ? load(to) : Vector<T>{};
-    for (int n = 0; n < N; ++n) {
-      const T* here = taps.row[n] + x * step;
-      if (whole || x >= dilation) sum += taps.k[n][0] * load(here - reach);
-      sum += taps.k[n][1] * load(here);
-      if (whole || x + dilation < width) sum += taps.k[n][2] * load(here + reach);
-    }
-    store(to, sum);
-  });
 }
 
 // The transposed convolution and the taps' gradient share their reads of v, the gradient of the convolution's result:
@@ -149,7 +133,7 @@ inline void for_each_tap_rows(const TapTable<T>& table, int rows_of_taps, int sc
     TapRows<T, N> taps;
     for (int n = 0; n < N; ++n) {
       taps.row[n] = row[from + n];
-      for (int t = 0; t < 3; ++t) taps.k[n][t] = table.at(scale, 3 * inside[from + n] + t, c);
+      for (int t = 0; t < 3; ++t) taps.k[n][t] = load(table.tap(scale, 3 * inside[from + n] + t) + c);
     }
     if (from == 0)
       rows(taps, inside, std::false_type{});
@@ -162,29 +146,67 @@ inline void for_each_tap_rows(const TapTable<T>& table, int rows_of_taps, int sc
   if (count - from == 1) some(from, std::integral_constant<int, 1>{});
 }
 
+constexpr int kAtOnce = 4;     // positions whose sums stay in registers
+constexpr int64_t kAhead = 8;  // positions, in which memory answers
+
+// Calls at(x, how many, std::true_type) for positions all of whose taps lie within the row, and one by one at its ends,
+// with std::false_type.
+template <class F>
+inline void for_each_block(int64_t begin, int64_t end, int64_t width, int64_t dilation, const F& at) {
+  using one = std::integral_constant<int, 1>;
+  const int64_t whole = std::min(width - dilation, end);
+  int64_t x = begin;
+  for (; x < std::min(dilation, end); ++x) at(x, one{}, std::false_type{});
+  for (; x + kAtOnce <= whole; x += kAtOnce) at(x, std::integral_constant<int, kAtOnce>{}, std::true_type{});
+  for (; x < whole; ++x) at(x, one{}, std::true_type{});
+  for (; x < end; ++x) at(x, one{}, std::false_type{});
+}
+
 // The convolutions of the positions [begin, end) of a sample, of all scales, each with whole vectors of channels.
 // `out(scale, c)` is where the vector of channels c of the first position goes; positions lie out_step apart.
 template <class T, class Out>
-void convolve(const PositionRows<T>& x, const ImageRows& rows, const TapTable<T>& table, int64_t channels,
-              int64_t begin, int64_t end, const Out& out, int64_t out_step) {
+void convolve(const PositionRows<T>& x, const ImageRows& rows, const ScaleWeights<T>& weights, const TapTable<T>& table,
+              int64_t channels, int64_t begin, int64_t end, const Out& out, int64_t out_step) {
   constexpr int64_t lanes = Lanes<T>::count;
-  const int64_t width = rows.width();
-  for (int64_t c = 0; c < channels; c += lanes)
-    for (int i = 0; i < kScales; ++i) {
-      T* to = out(i, c);
-      for (int64_t n = begin; n < end;) {
-        const int64_t row = n / width, first = n - row * width, last = std::min(width, first + end - n);
-        const auto row_of = [&](int r) -> const T* {
-          const int64_t other = rows.neighbour(row, r, kDilations[i]);
-          return other < 0 ? nullptr : x.at(other * width) + c;
-        };
-        for_each_tap_rows(table, rows.taps(), i, c, row_of, [&](const auto& taps, const int*, auto add) {
-          convolve_row<decltype(add)::value>(taps, x.step, kDilations[i], width, first, last, to, out_step);
-        });
-        to += (last - first) * out_step;
-        n += last - first;
+  // What a store of a vector may alias is read anew after it, so the inner loop reads copies.
+  const int64_t width = rows.width(), step = x.step, tap_step = table.stride();
+  for (int64_t n = begin; n < end;) {
+    const int64_t row = n / width, first = n - row * width, last = std::min(width, first + end - n);
+    for (int i = 0; i < weights.scales; ++i) {
+      const int64_t dilation = weights.dilations[i], reach = dilation * step;
+      const T *under[9], *taps[9];  // of the rows of taps that lie within the image
+      int count = 0;
+      for (int r = 0; r < rows.taps(); ++r) {
+        const int64_t other = rows.neighbour(row, r, dilation);
+        if (other < 0) continue;
+        under[count] = x.at(other * width);
+        taps[count++] = table.tap(i, 3 * r);
       }
+      const bool fetches = i + 1 == weights.scales;
+      for_each_block(first, last, width, dilation, [&, count](int64_t at, auto number, auto whole) {
+        constexpr int P = decltype(number)::value;
+        const bool left = whole || at >= dilation, right = whole || at + dilation < width;
+        const int64_t from = at * step, to = (n - begin + at - first) * out_step;
+        for (int64_t c = 0; c < channels; c += lanes) {
+          Vector<T> sums[P] = {};
+          for (int r = 0; r < count; ++r) {
+            const T *here = under[r] + from + c, *k = taps[r] + c;
+            const auto add = [&](const T* there, Vector<T> factor) {
+              for (int p = 0; p < P; ++p) sums[p] += factor * load(there + p * step);
+            };
+            if (left) add(here - reach, load(k));
+            add(here, load(k + tap_step));
+            if (right) add(here + reach, load(k + 2 * tap_step));
+          }
+          if (fetches)
+            for (int p = 0; p < P; ++p) __builtin_prefetch(under[count - 1] + from + reach + (kAhead + p) * step + c);
+          T* target = out(i, c) + to;
+          for (int p = 0; p < P; ++p) store(target + p * out_step, sums[p]);
+        }
+      });
     }
+    n += last - first;
+  }
 }
 
 }  // namespace BTINET_ISA

@@ -17,15 +17,15 @@ BTINET_DECLARE_MULTI_SCALE
 
 template <class S>
 void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights, const View<S>& out,
-                 const View<S>& between, int threads) {
-  BTINET_DISPATCH(multi_scale<S>(x, weights, out, between, threads));
+                 const View<S>& between, const Finish<Compute<S>>& finish, int threads) {
+  BTINET_DISPATCH(multi_scale<S>(x, weights, out, between, finish, threads));
 }
 
 template <class S>
 void multi_scale_backward(const View<const S>& x, const View<const S>& grad, const View<const S>& between,
-                          const ScaleWeights<Compute<S>>& weights, const View<S>& out,
+                          const Arriving<S>& arriving, const ScaleWeights<Compute<S>>& weights, const View<S>& out,
                           const ScaleGradient<Compute<S>>& gradient, int threads) {
-  BTINET_DISPATCH(multi_scale_backward<S>(x, grad, between, weights, out, gradient, threads));
+  BTINET_DISPATCH(multi_scale_backward<S>(x, grad, between, arriving, weights, out, gradient, threads));
 }
 
 BTINET_INSTANTIATE_MULTI_SCALE(float)

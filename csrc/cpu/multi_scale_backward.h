@@ -25,14 +25,16 @@ template <class S>
 class MultiScaleBackward {
   using T = Compute<S>;
   static constexpr int64_t lanes = Lanes<T>::count;
-  static constexpr int64_t kReach = kDilations[kScales - 1];  // slabs
-  static constexpr int64_t kGroup = 8;                        // slabs whose gradients one task computes
-  static constexpr int64_t kStrips = 3;                       // of a weight's gradient, computed by one task
-  static constexpr int64_t kPositions = 256;                  // that one product sums over
+  static constexpr int64_t kGroup = 8;          // slabs whose gradients one task computes
+  static constexpr int64_t kBlock = 8 * lanes;  // channels whose gradients one task computes
+  static constexpr int64_t kPieces = 16;        // in which v is moved
+  static constexpr int64_t kStrips = 3;         // of a weight's gradient, computed by one task
+  static constexpr int64_t kPositions = 256;    // that one product sums over
 
  public:
   MultiScaleBackward(const View<const S>& x, const View<const S>& grad, const View<const S>& between,
-                     const ScaleWeights<T>& weights, const View<S>& out, const ScaleGradient<T>& gradient)
+                     const Arriving<S>& arriving, const ScaleWeights<T>& weights, const View<S>& out,
+                     const ScaleGradient<T>& gradient)
       : weights_(weights),
         out_(out),
         gradient_(gradient),
@@ -41,12 +43,15 @@ class MultiScaleBackward {
         of_x_(x),
         of_grad_(grad),
         of_between_(between),
+        arriving_(arriving),
+        of_value_(arriving.value),
+        reach_(weights.reach()),
         out_offsets_(out),
         stride_(padded<T>(shape_.channels)),
-        columns_(kScales * stride_),
+        columns_(weights.scales * stride_),
         middle_stride_(padded<T>(weights.middle)),
         bands_(shape_, 2 * columns_ * int64_t(sizeof(T))),
-        capacity_(bands_.capacity(2 * kReach)),
+        capacity_(bands_.capacity(2 * reach_)),
         pointwise_(weights.middle, columns_),
         fusion_(weights.outputs, weights.fusion ? weights.middle : 0),
         u_(capacity_, columns_),
@@ -54,10 +59,14 @@ class MultiScaleBackward {
         d_t_(capacity_, weights.middle),
         d_y_(capacity_, weights.fusion ? weights.outputs : 0),
         v_(capacity_ * columns_),
-        taps_(kScales * 3 * rows_.taps()),
+        taps_(weights.scales * 3 * rows_.taps()),
         d_taps_(shape_.batch * taps_ * stride_),
         d_bias_(shape_.batch * middle_stride_),
         d_fusion_bias_(of_grad_.stride()) {
+    factors_.fill(3 * of_grad_.stride(), T(0));
+    const T* given[] = {arriving.factor, arriving.slope, arriving.addend};
+    for (int i = 0; i < 3; ++i)
+      if (given[i]) std::copy_n(given[i], grad.shape.channels, &factors_[i * of_grad_.stride()]);
     d_pointwise_.fill(weights.middle * columns_, T(0));
     if (weights.fusion) d_fusion_.fill(weights.outputs * middle_stride_, T(0));
     if (!of_x_.in_place()) staged_x_.resize(capacity_of_samples() * of_x_.stride());
@@ -91,6 +100,8 @@ class MultiScaleBackward {
     explicit Workspace(const MultiScaleBackward& of)
         : taps(of.weights_, of.shape_.channels, of.rows_.taps()),
           grad(of.of_grad_.in_place() ? 0 : kScaleTile * of.of_grad_.stride()),
+          value(of.passes_through() && !of.of_value_.in_place() ? kScaleTile * of.of_grad_.stride() : 0),
+          arriving(of.passes_through() ? kScaleTile * of.of_grad_.stride() : 0),
           d_t(of.weights_.fusion ? kScaleTile * of.middle_stride_ : 0),
           row(of.rows_.width() * lanes),
           tap_sums(of.taps_ * lanes) {
@@ -98,7 +109,7 @@ class MultiScaleBackward {
       if (of.weights_.fusion && !of.of_between_.in_place()) between.resize(kScaleTile * of.middle_stride_);
     }
     TapTable<T> taps;
-    Scratch<T> grad, d_t, between, zeros;
+    Scratch<T> grad, value, arriving, d_t, between, zeros;
     Scratch<T> row;       // of the gradient of x, one vector of channels
     Scratch<T> tap_sums;  // one vector of channels
     int64_t sample = -1;
@@ -115,9 +126,9 @@ class MultiScaleBackward {
   };
 
   Kept kept_before(const Band& band) const {
-    const int64_t begin = band.begin == 0 ? 0 : std::max<int64_t>(0, band.begin - kReach);
-    const int64_t end = band.end == bands_.slabs() ? band.end : std::max<int64_t>(begin, band.end - kReach);
-    return {std::max<int64_t>(0, begin - kReach), begin, end};
+    const int64_t begin = band.begin == 0 ? 0 : std::max<int64_t>(0, band.begin - reach_);
+    const int64_t end = band.end == bands_.slabs() ? band.end : std::max<int64_t>(begin, band.end - reach_);
+    return {std::max<int64_t>(0, begin - reach_), begin, end};
   }
   // Of a sample's position among the band's u, and among its v.
   int64_t of_u(const Band& band, int64_t b, int64_t n) const {
@@ -194,10 +205,10 @@ class MultiScaleBackward {
       const int64_t count = tile.end - tile.begin, at = of_u(band, b, begin);
       own.set_sample(b);
       convolve(
-          x_of(band, b), rows_, own.taps, shape_.channels, tile.begin, tile.end,
+          x_of(band, b), rows_, weights_, own.taps, shape_.channels, tile.begin, tile.end,
           [&](int scale, int64_t c) { return u_.at(scale * stride_ + c) + at * u_.kWidth; }, u_.kWidth);
       T* sums = &bias_sums_[index * (middle_stride_ + of_grad_.stride())];
-      PositionRows<T> d_t = rows_of(of_grad_, tile, own.grad);
+      PositionRows<T> d_t = arriving_at(tile, own);
       if (weights_.fusion) {
         d_y_.set_rows(at, count, d_t.at(begin), d_t.step);
         add_rows(d_t, tile, of_grad_.stride(), sums + middle_stride_);
@@ -216,6 +227,27 @@ class MultiScaleBackward {
                  StoreByVector<T>{v + pointwise_.first_column(p) / lanes * run(), run()});
     }
   }
+
+  // A tile of the gradient that reaches what the product gave.
+  PositionRows<T> arriving_at(const Range& tile, Workspace& own) {
+    const PositionRows<T> grad = rows_of(of_grad_, tile, own.grad);
+    if (!passes_through()) return grad;
+    const PositionRows<T> value = rows_of(of_value_, tile, own.value);
+    const int64_t stride = of_grad_.stride();
+    for (int64_t n = tile.begin; n < tile.end; ++n) {
+      T* to = &own.arriving[(n - tile.begin) * stride];
+      for (int64_t c = 0; c < stride; c += lanes) {
+        const Vector<T> of_value = load(value.at(n) + c);
+        Vector<T> sum = load(grad.at(n) + c);
+        if (arriving_.factor)
+          sum = load(&factors_[c]) * sum + load(&factors_[stride + c]) * of_value + load(&factors_[2 * stride + c]);
+        if (arriving_.relu) sum = of_value <= T(0) ? Vector<T>{} : sum;
+        store(to + c, sum);
+      }
+    }
+    return {own.arriving.data(), stride, tile.begin};
+  }
+  bool passes_through() const { return arriving_.relu || arriving_.factor; }
 
   // out = the sums of the tile's rows.
   static void add_rows(const PositionRows<T>& rows, const Range& tile, int64_t columns, T* out) {
@@ -266,18 +298,18 @@ class MultiScaleBackward {
   void gradient_of_row(const Band& band, const Kept& kept, int64_t b, int64_t row, int64_t c, Workspace& own) {
     const int64_t width = rows_.width();
     const PositionRows<T> x = x_of(band, b);
-    for (int i = 0; i < kScales; ++i) {
+    for (int i = 0; i < weights_.scales; ++i) {
       const T* v = &v_[(i * stride_ + c) / lanes * run()];
       const auto row_of = [&](int r) -> const T* {
-        const int64_t other = rows_.neighbour(row, r, -kDilations[i]);
+        const int64_t other = rows_.neighbour(row, r, -weights_.dilations[i]);
         return other < 0 ? nullptr : v + of_v(band, kept, b, other * width) * lanes;
       };
       for_each_tap_rows(own.taps, rows_.taps(), i, c, row_of, [&](const auto& taps, const int* which, auto add) {
         constexpr int N = std::extent_v<std::remove_reference_t<decltype(taps.row)>>;
         Vector<T> sums[N][3] = {};
         const auto gradient = [&](auto adds) {
-          gradient_row<decltype(adds)::value>(taps, kDilations[i], width, x.at(row * width) + c, x.step, own.row.data(),
-                                              sums);
+          gradient_row<decltype(adds)::value>(taps, weights_.dilations[i], width, x.at(row * width) + c, x.step,
+                                              own.row.data(), sums);
         };
         if (i == 0)
           gradient(add);
@@ -315,7 +347,7 @@ class MultiScaleBackward {
   // Moves the slabs of v that the next band reads to its beginning.
   void keep(const Band& band, const Kept& kept) {
     if (band.end == bands_.slabs()) return;
-    const int64_t first = std::max<int64_t>(0, kept.end - kReach);
+    const int64_t first = std::max<int64_t>(0, kept.end - reach_);
     const int64_t from = (first - kept.first) * bands_.slab() * lanes,
                   count = (band.end - first) * bands_.slab() * lanes;
 #pragma omp for schedule(static) nowait
@@ -324,14 +356,18 @@ class MultiScaleBackward {
   }
 
   void finish() {
-    const int64_t channels = shape_.channels, of_scale = taps_ / kScales;
+    const int64_t channels = shape_.channels, of_scale = taps_ / weights_.scales;
 #pragma omp for schedule(static) nowait
     for (int64_t o = 0; o < weights_.middle; ++o) {
-      for (int i = 0; i < kScales; ++i)
+      for (int i = 0; i < weights_.scales; ++i)
         std::copy_n(&d_pointwise_[o * columns_ + i * stride_], channels,
                     gradient_.pointwise[i] + o * gradient_.pointwise_stride);
-      for (int64_t b = 0; b < shape_.batch; ++b)
-        gradient_.bias[b * weights_.middle + o] = T(d_bias_[b * middle_stride_ + o]);
+      double sum = 0;
+      for (int64_t b = 0; b < shape_.batch; ++b) {
+        sum += d_bias_[b * middle_stride_ + o];
+        if (weights_.share) gradient_.bias[b * weights_.middle + o] = T(d_bias_[b * middle_stride_ + o]);
+      }
+      if (!weights_.share) gradient_.bias[o] = T(sum);
     }
     if (weights_.fusion) {
 #pragma omp for schedule(static) nowait
@@ -345,12 +381,13 @@ class MultiScaleBackward {
       for (int64_t c = 0; c < channels; ++c) {
         double sum = 0;
         for (int64_t b = 0; b < shape_.batch; ++b)
-          sum += weights_.share[b * kScales + t / of_scale] * d_taps_[(b * taps_ + t) * stride_ + c];
+          sum += share(b, t / of_scale) * d_taps_[(b * taps_ + t) * stride_ + c];
         gradient_.taps[t / of_scale][c * of_scale + t % of_scale] = T(sum);
       }
+    if (!gradient_.share) return;
 #pragma omp for schedule(static)
-    for (int64_t index = 0; index < shape_.batch * kScales; ++index) {
-      const int64_t b = index / kScales, i = index % kScales;
+    for (int64_t index = 0; index < shape_.batch * weights_.scales; ++index) {
+      const int64_t b = index / weights_.scales, i = index % weights_.scales;
       double sum = 0;
       for (int64_t t = i * of_scale; t < (i + 1) * of_scale; ++t)
         for (int64_t c = 0; c < channels; ++c)
@@ -359,12 +396,19 @@ class MultiScaleBackward {
     }
   }
 
+  double share(int64_t b, int64_t scale) const {
+    return weights_.share ? weights_.share[b * weights_.scales + scale] : 1.0;
+  }
+
   const ScaleWeights<T>& weights_;
   const View<S>& out_;
   const ScaleGradient<T>& gradient_;
   const Shape shape_;
   const ImageRows rows_;
   const RowsOf<S> of_x_, of_grad_, of_between_;
+  const Arriving<S>& arriving_;
+  const RowsOf<S> of_value_;
+  const int64_t reach_;  // slabs
   const Offsets out_offsets_;
   const int64_t stride_, columns_, middle_stride_;  // channels of x, of all scales, of t, in whole vectors
   const Bands bands_;
@@ -375,15 +419,16 @@ class MultiScaleBackward {
   Scratch<T> v_;                       // [columns / lanes, positions, lanes]
   Scratch<T> d_pointwise_, d_fusion_;  // [middle, columns], [outputs, middle_stride]
   Scratch<T> staged_x_, tap_sums_, bias_sums_;
+  Scratch<T> factors_;  // factor, slope, addend [3, outputs]
   const int64_t taps_;  // of all scales
   std::vector<double> d_taps_, d_bias_, d_fusion_bias_;
 };
 
 template <class S>
 void multi_scale_backward(const View<const S>& x, const View<const S>& grad, const View<const S>& between,
-                          const ScaleWeights<Compute<S>>& weights, const View<S>& out,
+                          const Arriving<S>& arriving, const ScaleWeights<Compute<S>>& weights, const View<S>& out,
                           const ScaleGradient<Compute<S>>& gradient, int threads) {
-  MultiScaleBackward<S>(x, grad, between, weights, out, gradient).run(threads);
+  MultiScaleBackward<S>(x, grad, between, arriving, weights, out, gradient).run(threads);
 }
 
 }  // namespace BTINET_ISA

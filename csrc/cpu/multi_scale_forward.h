@@ -33,9 +33,9 @@ class RowsOf {
     load_tile(view_, offsets_, range, 0, view_.shape.channels, out, stride_);
   }
   // The positions of `range` and all that their taps reach.
-  PositionRows<T> around(const Range& range, const ImageRows& rows, Scratch<T>& scratch) const {
+  PositionRows<T> around(const Range& range, const ImageRows& rows, int64_t reach, Scratch<T>& scratch) const {
     if (in_place_) return of_sample(range.sample);
-    const auto [first, last] = rows.reached(range.begin / rows.width(), (range.end - 1) / rows.width() + 1);
+    const auto [first, last] = rows.reached(range.begin / rows.width(), (range.end - 1) / rows.width() + 1, reach);
     scratch.resize((last - first) * rows.width() * stride_);
     copy({range.sample, first * rows.width(), last * rows.width()}, scratch.data());
     return {scratch.data(), stride_, first * rows.width()};
@@ -114,24 +114,96 @@ void copy_padded(const T* values, int64_t count, Scratch<T>& out) {
   std::copy_n(values, count, out.data());
 }
 
+// Does what `Finish` says with tiles of rows, and keeps the moments of each range of positions.
+template <class T>
+class FinishedTiles {
+  static constexpr int64_t lanes = Lanes<T>::count;
+
+ public:
+  FinishedTiles(const Finish<T>& finish, int64_t columns, int64_t ranges)
+      : finish_(finish), columns_(columns), stride_(padded<T>(columns)), ranges_(ranges) {
+    if (finish.mean) moments_.fill(2 * ranges * stride_, 0.0);
+    if (finish.factor) copy_padded(finish.factor, columns, factor_);
+    if (finish.addend) copy_padded(finish.addend, columns, addend_);
+  }
+
+  void finish(T* rows, int64_t count, int64_t range) {
+    if (finish_.relu || finish_.factor) {
+      for (int64_t c = 0; c < stride_; c += lanes) {
+        const Vector<T> factor = finish_.factor ? load(&factor_[c]) : broadcast(T(1));
+        const Vector<T> addend = finish_.addend ? load(&addend_[c]) : Vector<T>{};
+        for (int64_t n = 0; n < count; ++n) {
+          Vector<T> value = load(rows + n * stride_ + c);
+          if (finish_.relu) value = value < T(0) ? Vector<T>{} : value;
+          store(rows + n * stride_ + c, value * factor + addend);
+        }
+      }
+    }
+    if (finish_.mean) keep_moments(rows, count, &moments_[2 * range * stride_]);
+  }
+
+  // Mean and variance from those of the ranges, in their order. Called by every thread after all tiles.
+  void add_moments(int64_t count) {
+    if (!finish_.mean) return;
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < columns_; ++c) {
+      double sum = 0, squares = 0;
+      for (int64_t range = 0; range < ranges_; ++range) {
+        sum += moments_[2 * range * stride_ + c];
+        squares += moments_[(2 * range + 1) * stride_ + c];
+      }
+      const double mean = sum / count;
+      finish_.mean[c] = T(mean);
+      finish_.variance[c] = T(std::max(0.0, squares / count - mean * mean));
+    }
+  }
+
+ private:
+  // Squares are summed around the tile's own mean: nothing is lost where the mean is large beside the deviations.
+  void keep_moments(const T* rows, int64_t count, double* moments) {
+    for (int64_t c = 0; c < stride_; c += lanes) {
+      Vector<T> sum = {}, squares = {};
+      for (int64_t n = 0; n < count; ++n) sum += load(rows + n * stride_ + c);
+      const Vector<T> mean = sum / T(count);
+      for (int64_t n = 0; n < count; ++n) {
+        const Vector<T> deviation = load(rows + n * stride_ + c) - mean;
+        squares += deviation * deviation;
+      }
+      T means[lanes], deviations[lanes];
+      store(means, mean);
+      store(deviations, squares);
+      for (int64_t i = 0; i < lanes; ++i) {
+        moments[c + i] += double(means[i]) * count;
+        moments[stride_ + c + i] += deviations[i] + double(means[i]) * means[i] * count;
+      }
+    }
+  }
+
+  const Finish<T>& finish_;
+  int64_t columns_, stride_, ranges_;
+  Scratch<T> factor_, addend_;
+  Scratch<double> moments_;  // [ranges, sum and sum of squares, columns]
+};
+
 template <class S>
 void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights, const View<S>& out,
-                 const View<S>& between, int threads) {
+                 const View<S>& between, const Finish<Compute<S>>& finish, int threads) {
   using T = Compute<S>;
-  const int64_t channels = x.shape.channels, stride = padded<T>(channels), inner = kScales * stride;
+  const int64_t channels = x.shape.channels, stride = padded<T>(channels), inner = weights.scales * stride;
   const int64_t middle_stride = padded<T>(weights.middle), out_stride = padded<T>(weights.outputs);
   const ImageRows rows(x.shape, weights.axes);
   const RowsOf<S> source(x);
   const Offsets out_offsets(out), between_offsets(between);
   const int64_t tile_size = scale_tile(x.shape.positions());
   const Partition partition(x.shape, tile_size);
+  FinishedTiles<T> last(finish, weights.outputs, partition.ranges());
   Panels<T> pointwise(inner, weights.middle), fusion(weights.fusion ? middle_stride : 0, weights.outputs);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < pointwise.count(); ++p) {
       pointwise.clear(p);
-      for (int i = 0; i < kScales; ++i)
+      for (int i = 0; i < weights.scales; ++i)
         fill_transposed(pointwise, p, i * stride, weights.pointwise[i], weights.pointwise_stride, weights.middle,
                         channels);
     }
@@ -153,24 +225,27 @@ void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights
       if (range.sample != sample) {
         sample = range.sample;
         taps.set_sample(sample);
-        copy_padded(weights.bias + sample * weights.middle, weights.middle, bias);
+        copy_padded(weights.bias_of(sample), weights.middle, bias);
       }
-      const PositionRows<T> values = source.around(range, rows, staged);
+      const PositionRows<T> values = source.around(range, rows, weights.reach(), staged);
       for_each_tile(range, tile_size, [&](const Range& tile) {
         const int64_t positions = tile.end - tile.begin;
         convolve(
-            values, rows, taps, channels, tile.begin, tile.end,
+            values, rows, weights, taps, channels, tile.begin, tile.end,
             [&](int scale, int64_t c) { return &convolved[scale * stride + c]; }, inner);
         multiply_panels(Left<T>{convolved.data(), inner, 1}, pointwise, positions, bias.data(), middle.data(),
                         middle_stride);
-        if (!weights.fusion)
+        if (!weights.fusion) {
+          last.finish(middle.data(), positions, index);
           return store_tile(out, out_offsets, tile, 0, weights.outputs, middle.data(), middle_stride);
+        }
         if (between.data) store_tile(between, between_offsets, tile, 0, weights.middle, middle.data(), middle_stride);
         multiply_panels(Left<T>{middle.data(), middle_stride, 1}, fusion, positions, fusion_bias.data(), result.data(),
                         out_stride);
         store_tile(out, out_offsets, tile, 0, weights.outputs, result.data(), out_stride);
       });
     }
+    last.add_moments(x.shape.batch * x.shape.positions());
   }
 }
 

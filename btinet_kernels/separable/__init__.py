@@ -1,0 +1,1 @@
+"""Separable convolutions, with ReLU and batch normalisation, as one operator."""
