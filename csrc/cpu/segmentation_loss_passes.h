@@ -28,12 +28,11 @@ inline Vector<double> log_of_one_plus(Vector<double> e) {
   return e;
 }
 
-// Binary cross-entropy of a logit.
+// Binary cross-entropy of a logit. Where the target is 0 or 1 the first two terms cancel exactly on its side.
 template <class T>
 inline Vector<T> cross_entropy(Vector<T> logit, Vector<T> target) {
-  const Vector<T> log_sigmoid =
-      (logit < T(0) ? logit : Vector<T>{}) - log_of_one_plus(exponential(-absolute<T>(logit)));
-  return (T(1) - target) * logit - log_sigmoid;
+  const Vector<T> negative = logit < T(0) ? logit : Vector<T>{};
+  return ((T(1) - target) * logit - negative) + log_of_one_plus(exponential(-absolute<T>(logit)));
 }
 
 // Adds row y, whose neighbours are in the window, to the sums.

@@ -115,8 +115,9 @@ class MaskWindow {
     });
   }
 
-  // The derivative of the prediction with respect to the logit: none where it is cut off.
-  Vector<T> slope(Vector<T> s) const { return s >= least_ ? (s <= most_ ? s * (T(1) - s) : Vector<T>{}) : Vector<T>{}; }
+  // The derivative of the prediction with respect to the logit: none where it is cut off, nor at either end, as torch
+  // 2.15 has it.
+  Vector<T> slope(Vector<T> s) const { return s > least_ ? (s < most_ ? s * (T(1) - s) : Vector<T>{}) : Vector<T>{}; }
 
   RowWindow<T> logit, sigmoid, prediction, target, difference;
 
