@@ -1,4 +1,4 @@
-"""Losses and schedules against the official numbers and by hand; the segmentation loss: tests/kernels/test_losses.py."""
+"""Losses and schedules against the official numbers and by hand. The segmentation loss: tests/kernels/test_losses.py."""
 
 import math
 from pathlib import Path
