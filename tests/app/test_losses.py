@@ -1,4 +1,4 @@
-"""Losses and schedules against the official numbers and by hand. The segmentation loss: tests/kernels/test_losses.py."""
+"""Losses and schedules against the official numbers and by hand; tests/kernels/test_losses.py has segmentation's."""
 
 import math
 from pathlib import Path
