@@ -107,7 +107,10 @@ def train_gates(session: Session) -> None:
 
 
 def _adam(fabric: Fabric, parameters: list[nn.Parameter], lr: float, beta1: float = 0.9) -> torch.optim.Adam:
-    """Adam, fused where Fabric can clip its gradients: not where a scaler has scaled them."""
+    """Adam, fused where Fabric can clip its gradients: not where a scaler has scaled them.
+
+    The fused one takes for granted what autograd sees to, that a gradient has the strides of its parameter.
+    """
     fused = getattr(fabric.strategy.precision, "scaler", None) is None
     return torch.optim.Adam(parameters, lr, betas=(beta1, 0.999), eps=1e-7, fused=fused)
 
