@@ -18,8 +18,7 @@ inline Partition rows_of(const Shape& shape) {
 inline Vector<float> log_of_one_plus(Vector<float> e) {
   const Vector<float> ratio = e / (2.0f + e), square = ratio * ratio;
   Vector<float> sum = broadcast(1.0f / 13);
-  for (const float factor : {1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3, 1.0f})
-    sum = sum * square + factor;
+  for (const float factor : {1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3, 1.0f}) sum = sum * square + factor;
   return 2.0f * ratio * sum;
 }
 
