@@ -17,7 +17,7 @@ from timing import Sample, cpu_sample
 from torch import Tensor, nn
 from variants import GateError
 
-from btinet_kernels import use_backend
+from btinet_kernels import fused_segmentation_loss, use_backend
 from btinet_kernels.nn import DualPathAttention, MultiScaleContextFusion
 
 ENCODER = ((144, 112), (192, 56), (336, 28), (960, 14), (1792, 7))  # C, height = width
@@ -51,10 +51,22 @@ class GatedResidual(nn.Module):
         return self.attention(x, x)
 
 
+class SegmentationLoss(nn.Module):
+    """The loss of logits and a random mask."""
+
+    def __init__(self, channels: int, batch: int = 8, size: int = 224) -> None:
+        super().__init__()
+        self.register_buffer("target", (torch.rand(batch, channels, size, size) > 0.7).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_segmentation_loss(x, self.target)
+
+
 def module_cases() -> list[ModuleCase]:
     """All of them, those that take most of a training step first."""
     fusions = [ModuleCase("multi-scale fusion", c, s, MultiScaleContextFusion) for c, s in ENCODER + DECODER]
-    return fusions + [ModuleCase("dual-path attention", c, s, GatedResidual) for c, s in ENCODER]
+    attention = [ModuleCase("dual-path attention", c, s, GatedResidual) for c, s in ENCODER]
+    return [*fusions, *attention, ModuleCase("segmentation loss", 1, 224, SegmentationLoss)]
 
 
 class ModuleProblem:
@@ -65,8 +77,9 @@ class ModuleProblem:
         self.case = case
         self.module = case.make(case.channels).to(memory_format=torch.channels_last)
         shape = (case.batch, case.channels, case.size, case.size)
-        x, upstream = (torch.randn(shape).to(memory_format=torch.channels_last) for _ in range(2))
-        self.x, self.upstream = x.requires_grad_(), upstream
+        self.x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
+        with torch.no_grad():
+            self.upstream = torch.randn_like(self.module(self.x))
         torch.compiler.reset()
         self.variants: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
             "eager": ("reference", self.module),

@@ -1,8 +1,8 @@
 """Fused operators for multi-task networks whose tasks interact.
 
 Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``, ``fused_separable_conv``,
-``fused_dual_path_attention``, ``fused_squeeze_excite``. Modules: ``btinet_kernels.nn``. In somebody else's model:
-``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
+``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In
+somebody else's model: ``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
 """
 
 from btinet_kernels.accelerate import AccelerationReport, ModuleReport, accelerate, accelerates, restore
@@ -18,6 +18,8 @@ from btinet_kernels.interaction.op import (
     fused_upa,
 )
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights
+from btinet_kernels.losses.op import fused_segmentation_loss
+from btinet_kernels.losses.reference import SegmentationLossOptions
 from btinet_kernels.multi_scale.op import fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
 from btinet_kernels.separable.op import fused_separable_conv
@@ -35,6 +37,7 @@ __all__ = [
     "InteractionWeights",
     "ModuleReport",
     "ScaleWeights",
+    "SegmentationLossOptions",
     "SeparableWeights",
     "SqueezeExciteWeights",
     "accelerate",
@@ -42,6 +45,7 @@ __all__ = [
     "backends",
     "fused_dual_path_attention",
     "fused_multi_scale",
+    "fused_segmentation_loss",
     "fused_separable_conv",
     "fused_squeeze_excite",
     "fused_task_interaction",

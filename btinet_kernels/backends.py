@@ -27,6 +27,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_separable_conv": ("native",),
     "fused_dual_path_attention": ("native",),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
+    "fused_segmentation_loss": ("native",),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 

@@ -40,5 +40,6 @@ using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
 void bind_interaction(pybind11::module_& module);
 void bind_multi_scale(pybind11::module_& module);
 void bind_gates(pybind11::module_& module);
+void bind_segmentation_loss(pybind11::module_& module);
 
 }  // namespace btinet

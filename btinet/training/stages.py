@@ -55,7 +55,7 @@ def train_network(session: Session) -> None:
     """Stage 1: the whole network on both tasks; leaves the best weights in the network."""
     options, recipe = session.options, session.recipe
     trained = [p for p in session.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, options.lr, betas=(0.91, 0.999), eps=1e-7)
+    optimizer = _adam(session.fabric, trained, options.lr, beta1=0.91)
     schedule = CosinePlateau(options.lr, options.epochs)
     stopping = EarlyStopping(options.patience, MIN_DELTA)
 
@@ -85,7 +85,7 @@ def train_gates(session: Session) -> None:
         parameter.requires_grad_(False)
     for parameter in gates:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(gates, options.stage2_lr, eps=1e-7)
+    optimizer = _adam(session.fabric, gates, options.stage2_lr)
 
     def loss(output: BTINetOutput, batch: dict[str, Tensor]) -> Tensor:
         task = segmentation_loss(output.seg_logits, batch["mask"], session.losses)
@@ -104,6 +104,15 @@ def train_gates(session: Session) -> None:
         stopping,
         lambda row: -row["val_loss"],
     )
+
+
+def _adam(fabric: Fabric, parameters: list[nn.Parameter], lr: float, beta1: float = 0.9) -> torch.optim.Adam:
+    """Adam, fused where Fabric can clip its gradients: not where a scaler has scaled them.
+
+    The fused one takes for granted what autograd sees to, that a gradient has the strides of its parameter.
+    """
+    fused = getattr(fabric.strategy.precision, "scaler", None) is None
+    return torch.optim.Adam(parameters, lr, betas=(beta1, 0.999), eps=1e-7, fused=fused)
 
 
 def _run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +36,8 @@ from btinet.training import run_folder
 from btinet.training.losses import LossOptions
 from btinet.training.options import Recipe, TrainOptions, recipe_of
 from btinet.training.stages import Row, Session, train_gates, train_network
+
+SECONDS_BETWEEN_DRAWINGS = 30.0  # of the curves: a drawing takes as long as an epoch of a small set
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -101,11 +105,15 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
         return fabric.setup_dataloaders(plain, use_distributed_sampler=False)
 
     rows: list[Row] = []
+    drawn = -math.inf
 
     def record(row: Row) -> None:
+        nonlocal drawn
         rows.append(row)
         run_folder.write_metrics(folder, rows)
-        run_folder.draw_curves(folder, rows)
+        if time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS:
+            run_folder.draw_curves(folder, rows)
+            drawn = time.monotonic()
 
     run_folder.write_config(folder, options, recipe)
     run_folder.write_environment(folder, device, precision)
@@ -127,11 +135,15 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
         record=record,
         save=lambda: save_checkpoint(folder, network, collection.classes, preprocessing),
     )
-    train_network(session)
-    if options.stage2_epochs and not network.gate_parameters():
-        console.print("stage 2 is skipped: this interaction has no gates to train.")
-    elif options.stage2_epochs:
-        train_gates(session)
+    try:
+        train_network(session)
+        if options.stage2_epochs and not network.gate_parameters():
+            console.print("stage 2 is skipped: this interaction has no gates to train.")
+        elif options.stage2_epochs:
+            train_gates(session)
+    finally:  # also of a run that was interrupted or diverged
+        if rows:
+            run_folder.draw_curves(folder, rows)
     session.save()
     console.print(f"run saved in {folder}")
     return folder

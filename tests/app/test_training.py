@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 
 from btinet import UserError, load_checkpoint
 from btinet.data import SegmentationDataset, read_collection, read_split
+from btinet.training import run_folder
 from btinet.training.options import TrainOptions
 from btinet.training.train import train
 
@@ -171,6 +173,19 @@ def test_a_folder_that_is_in_use_is_left_alone(ultrasound: Path, tmp_path: Path)
 def test_divergence_is_explained(ultrasound: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="training diverged"):
         train(options(ultrasound, tmp_path / "run", lr=1e30))
+
+
+def test_curves_are_drawn_now_and_then_and_at_the_end(
+    ultrasound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(run_folder, "draw_curves", lambda folder, rows: drawn.append(len(rows)))
+    train(options(ultrasound, tmp_path / "often", epochs=3, stage2_epochs=0))
+    assert drawn == [1, 3]
+    monkeypatch.setattr("btinet.training.train.train_gates", lambda session: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(options(ultrasound, tmp_path / "interrupted", epochs=2))
+    assert drawn == [1, 3, 1, 2]
 
 
 @pytest.mark.slow
