@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,22 @@ from torch import Tensor, nn
 from variants import GateError
 
 from btinet_kernels import fused_segmentation_loss, use_backend
-from btinet_kernels.nn import DualPathAttention, MultiScaleContextFusion
+from btinet_kernels.nn import DualPathAttention, MultiScaleContextFusion, SeparableConv
 
 ENCODER = ((144, 112), (192, 56), (336, 28), (960, 14), (1792, 7))  # C, height = width
 DECODER = ((384, 14), (192, 28), (96, 56), (48, 112))
+# C, outputs, size: those whose inputs differ from their outputs are in the decoder
+SEPARABLE = (
+    (144, 144, 112),
+    (192, 48, 112),
+    (192, 192, 56),
+    (288, 96, 56),
+    (336, 336, 28),
+    (528, 192, 28),
+    (960, 960, 14),
+    (1344, 384, 14),
+    (1792, 1792, 7),
+)
 TOLERANCE = 2e-4  # of a result's largest magnitude: float32 sums over 100 000 positions, a few of them in a row
 
 
@@ -34,10 +47,12 @@ class ModuleCase:
     size: int
     make: Callable[[int], nn.Module]
     batch: int = 8
+    outputs: int | None = None  # channels, where they are not those of the input
 
     @property
     def name(self) -> str:
-        return f"{self.operator} {self.channels}x{self.size}x{self.size}, B={self.batch}"
+        channels = self.channels if self.outputs is None else f"{self.channels}->{self.outputs}"
+        return f"{self.operator} {channels}x{self.size}x{self.size}, B={self.batch}"
 
 
 class GatedResidual(nn.Module):
@@ -62,11 +77,26 @@ class SegmentationLoss(nn.Module):
         return fused_segmentation_loss(x, self.target)
 
 
+class NormedConv(nn.Module):
+    """A residual block's first separable convolution, with the ReLU and the BatchNorm behind it, in training."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = SeparableConv(channels, outputs)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, relu=True, norm=self.norm)
+
+
 def module_cases() -> list[ModuleCase]:
     """All of them, those that take most of a training step first."""
     fusions = [ModuleCase("multi-scale fusion", c, s, MultiScaleContextFusion) for c, s in ENCODER + DECODER]
     attention = [ModuleCase("dual-path attention", c, s, GatedResidual) for c, s in ENCODER]
-    return [*fusions, *attention, ModuleCase("segmentation loss", 1, 224, SegmentationLoss)]
+    convolutions = [
+        ModuleCase("separable convolution", c, s, partial(NormedConv, outputs=o), outputs=o) for c, o, s in SEPARABLE
+    ]
+    return [*fusions, *convolutions, *attention, ModuleCase("segmentation loss", 1, 224, SegmentationLoss)]
 
 
 class ModuleProblem:
