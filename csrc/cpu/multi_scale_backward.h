@@ -367,7 +367,7 @@ class MultiScaleBackward {
         sum += d_bias_[b * middle_stride_ + o];
         if (weights_.share) gradient_.bias[b * weights_.middle + o] = T(d_bias_[b * middle_stride_ + o]);
       }
-      if (!weights_.share) gradient_.bias[o] = T(sum);
+      if (!weights_.share && gradient_.bias) gradient_.bias[o] = T(sum);  // an empty batch has neither
     }
     if (weights_.fusion) {
 #pragma omp for schedule(static) nowait
