@@ -3,6 +3,10 @@
 Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``, ``fused_separable_conv``,
 ``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In
 somebody else's model: ``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
+Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``,
+``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_upsample_twice``.
+Modules: ``btinet_kernels.nn``. In somebody else's model: ``accelerate(model)``. Which backend serves what on this
+machine: ``backends()``.
 """
 
 from btinet_kernels.accelerate import AccelerationReport, ModuleReport, accelerate, accelerates, restore
@@ -24,6 +28,7 @@ from btinet_kernels.multi_scale.op import fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
 from btinet_kernels.separable.op import fused_separable_conv
 from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
+from btinet_kernels.upsampling.op import fused_upsample_twice
 
 __version__ = "0.1.0"
 
@@ -51,6 +56,7 @@ __all__ = [
     "fused_task_interaction",
     "fused_tim",
     "fused_upa",
+    "fused_upsample_twice",
     "restore",
     "use_backend",
 ]

@@ -28,6 +28,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_dual_path_attention": ("native",),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
     "fused_segmentation_loss": ("native",),
+    "fused_upsample_twice": ("native",),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 
