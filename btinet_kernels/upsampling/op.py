@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from btinet_kernels.backends import choose
+from btinet_kernels.backends import choose, requested_backend
 from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, in_format_of, no_double_backward
 from btinet_kernels.upsampling import native, reference
 
@@ -30,11 +30,16 @@ def fused_upsample_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
     """
     _check(x, weight, bias)
-    if choose(OPERATOR, x) == "reference":
-        return reference.upsample_twice(x, weight.to(x.dtype), bias.to(x.dtype))  # ATen's half precision is faster
+    if choose(OPERATOR, x) == "reference" or _reference_is_faster(x):
+        return reference.upsample_twice(x, weight.to(x.dtype), bias.to(x.dtype))
     if torch.compiler.is_compiling():
         return upsample_twice(x, weight, bias)
     return _UpsampleTwice.apply(x, weight, bias)
+
+
+def _reference_is_faster(x: Tensor) -> bool:
+    """ATen multiplies bfloat16 on the CPU with instructions of its own, where the kernel multiplies float32."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and requested_backend() == "auto"
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
