@@ -4,13 +4,16 @@ Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_mul
 ``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In
 somebody else's model: ``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
 Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``,
-``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_upsample_twice``.
+``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_upsample_twice``, ``fused_joint_projection``,
+``fused_position_gate``.
 Modules: ``btinet_kernels.nn``. In somebody else's model: ``accelerate(model)``. Which backend serves what on this
 machine: ``backends()``.
 """
 
 from btinet_kernels.accelerate import AccelerationReport, ModuleReport, accelerate, accelerates, restore
 from btinet_kernels.backends import BackendError, backends, use_backend
+from btinet_kernels.gates.attention_op import fused_joint_projection, fused_position_gate
+from btinet_kernels.gates.attention_reference import JointWeights
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
 from btinet_kernels.gates.reference import DualPathWeights
 from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite
@@ -40,6 +43,7 @@ __all__ = [
     "GateWeights",
     "InteractionResult",
     "InteractionWeights",
+    "JointWeights",
     "ModuleReport",
     "ScaleWeights",
     "SegmentationLossOptions",
@@ -49,9 +53,11 @@ __all__ = [
     "accelerates",
     "backends",
     "fused_dual_path_attention",
+    "fused_joint_projection",
     "fused_multi_scale",
     "fused_segmentation_loss",
     "fused_separable_conv",
+    "fused_position_gate",
     "fused_squeeze_excite",
     "fused_task_interaction",
     "fused_tim",

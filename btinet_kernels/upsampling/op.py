@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from btinet_kernels.backends import choose, requested_backend
-from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, in_format_of, no_double_backward
+from btinet_kernels.interaction.passes_op import (
+    accumulation_dtype,
+    converted,
+    in_format_of,
+    new_in_format_of,
+    no_double_backward,
+)
 from btinet_kernels.upsampling import native, reference
 
 OPERATOR = "fused_upsample_twice"
@@ -53,12 +59,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"{OPERATOR}: bias is {list(bias.shape)}, but weight {list(weight.shape)} needs [O].")
 
 
-@custom_op(
-    "btinet_kernels::upsample_twice", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor"
-)
+@custom_op("btinet_kernels::upsample_twice", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor")
 def upsample_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See ``fused_upsample_twice``."""
-    return native.upsample_twice(x, *_converted(x, weight, bias), _new_output(x, weight))
+    weight, bias = _converted(x, weight, bias)
+    return native.upsample_twice(x, weight, bias, _new_output(x, weight))
 
 
 def _converted(x: Tensor, *weights: Tensor) -> list[Tensor]:
@@ -66,12 +71,7 @@ def _converted(x: Tensor, *weights: Tensor) -> list[Tensor]:
 
 
 def _new_output(x: Tensor, weight: Tensor) -> Tensor:
-    (batch, _, height, width), outputs = x.shape, weight.shape[1]
-    rows = x.stride(1) == 1 and not x.is_contiguous()
-    layout = torch.channels_last if rows else torch.contiguous_format
-    return torch.empty(
-        (batch, outputs, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=layout
-    )
+    return new_in_format_of(x, weight.shape[1], [2 * size for size in x.shape[2:]])
 
 
 @upsample_twice.register_fake
@@ -114,7 +114,7 @@ upsample_twice.register_autograd(_backward, setup_context=_setup)
 
 
 class _UpsampleTwice(torch.autograd.Function):
-    """``upsample_twice`` as autograd sees it outside a compiler, cheaper than what PyTorch generates for the operator."""
+    """``upsample_twice`` as autograd sees it outside a compiler, cheaper than what PyTorch generates."""
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:

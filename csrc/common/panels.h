@@ -134,5 +134,12 @@ void fill_transposed(Panels<T>& panels, int64_t p, int64_t first_row, const T* m
             panels.panel(p) + first_row * panels.kWidth, panels.kWidth);
 }
 
+// A vector of `count` values with zeros up to whole vectors.
+template <class T>
+void copy_padded(const T* values, int64_t count, Scratch<T>& out) {
+  out.fill(padded<T>(count), T(0));
+  std::copy_n(values, count, out.data());
+}
+
 }  // namespace BTINET_ISA
 }  // namespace btinet

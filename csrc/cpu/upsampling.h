@@ -21,22 +21,22 @@ struct UpsamplingWeight {
   int64_t output_stride, tap_stride;
 };
 
-#define BTINET_DECLARE_UPSAMPLING                                                                           \
-  template <class S>                                                                                        \
-  void upsample_twice(const View<const S>& x, const UpsamplingWeight<const Compute<S>>& weight,             \
-                      const Compute<S>* bias, const View<S>& out, int threads);                             \
-  template <class S>                                                                                        \
-  void upsample_twice_backward(const View<const S>& d_out, const View<const S>& x,                          \
-                               const UpsamplingWeight<const Compute<S>>& weight, const View<S>& d_x,        \
+#define BTINET_DECLARE_UPSAMPLING                                                                    \
+  template <class S>                                                                                 \
+  void upsample_twice(const View<const S>& x, const UpsamplingWeight<const Compute<S>>& weight,      \
+                      const Compute<S>* bias, const View<S>& out, int threads);                      \
+  template <class S>                                                                                 \
+  void upsample_twice_backward(const View<const S>& d_out, const View<const S>& x,                   \
+                               const UpsamplingWeight<const Compute<S>>& weight, const View<S>& d_x, \
                                const UpsamplingWeight<Compute<S>>& d_weight, Compute<S>* d_bias, int threads);
 
 BTINET_DECLARE_UPSAMPLING
 
-#define BTINET_INSTANTIATE_UPSAMPLING(S)                                                                            \
-  template void upsample_twice<S>(const View<const S>&, const UpsamplingWeight<const Compute<S>>&,                  \
-                                  const Compute<S>*, const View<S>&, int);                                          \
-  template void upsample_twice_backward<S>(const View<const S>&, const View<const S>&,                              \
-                                           const UpsamplingWeight<const Compute<S>>&, const View<S>&,               \
+#define BTINET_INSTANTIATE_UPSAMPLING(S)                                                                              \
+  template void upsample_twice<S>(const View<const S>&, const UpsamplingWeight<const Compute<S>>&, const Compute<S>*, \
+                                  const View<S>&, int);                                                               \
+  template void upsample_twice_backward<S>(const View<const S>&, const View<const S>&,                                \
+                                           const UpsamplingWeight<const Compute<S>>&, const View<S>&,                 \
                                            const UpsamplingWeight<Compute<S>>&, Compute<S>*, int);
 
 }  // namespace btinet

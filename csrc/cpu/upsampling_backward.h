@@ -11,11 +11,6 @@ template <class S>
 class UpsampleBackward {
   using T = Compute<S>;
   static constexpr int64_t lanes = Lanes<T>::count;
-  static constexpr int64_t kBytes = 8 << 20;       // of a band, in the outer cache
-  static constexpr int64_t kFewestPositions = 512;  // sums over fewer would be added to d_weight too often
-  static constexpr int64_t kPositions = 256;        // that one product sums over
-  static constexpr int64_t kTasks = 32;             // into which d_weight is cut at least, if it is large enough
-  static constexpr int64_t kStrips = 24;            // of a task at most
 
  public:
   UpsampleBackward(const View<const S>& d_out, const View<const S>& x, const UpsamplingWeight<const T>& weight,
@@ -35,8 +30,7 @@ class UpsampleBackward {
         total_stride_(padded<T>(inner_)),
         x_stride_(padded<T>(channels_)),
         bias_stride_(padded<T>(outputs_)),
-        bands_(0, shape_.batch * shape_.positions(),
-               std::max<int64_t>(kFewestPositions, kBytes / (grad_stride_ * int64_t(sizeof(T)))), 1),
+        bands_(bands_of_rows<T>(shape_.batch * shape_.positions(), grad_stride_)),
         transposed_(inner_, channels_),
         strips_(bands_.largest(), channels_),
         grad_(bands_.largest() * grad_stride_),
@@ -65,7 +59,8 @@ class UpsampleBackward {
         for (int64_t tile = 0; tile < tiles.count(); ++tile)
           work_off(bands_.begin(band), tiles.begin(tile), tiles.end(tile),
                    &bias_sums_[(first_tile_[band] + tile) * bias_stride_], result.data());
-        add_products(band);
+        add_products(strips_, Right<T>{grad_.data(), grad_stride_}, bands_.end(band) - bands_.begin(band),
+                     total_stride_, band == 0, total_.data(), total_stride_);
 #pragma omp barrier
       }
       finish();
@@ -74,7 +69,7 @@ class UpsampleBackward {
 
  private:
   Pieces tiles_of(int64_t band) const {
-    return Pieces(bands_.begin(band), bands_.end(band), kUpsamplingTile, kFewestUpsampleTiles);
+    return Pieces(bands_.begin(band), bands_.end(band), kUpsamplingTile, kFewestTiles);
   }
 
   // Rows (tap, output), columns of input channels.
@@ -146,30 +141,6 @@ class UpsampleBackward {
     });
   }
 
-  // total [channels, 9 O] += x^T grad, over the positions of the band; the first band sets it.
-  void add_products(int64_t band) {
-    const int64_t positions = bands_.end(band) - bands_.begin(band), width = Panels<T>::kWidth;
-    const int64_t strips = (channels_ + kRows - 1) / kRows, panels = (total_stride_ + width - 1) / width;
-    const int64_t group = std::max<int64_t>(1, std::min(kStrips, strips * panels / kTasks));
-    const int64_t groups = (strips + group - 1) / group;
-#pragma omp for schedule(static) nowait
-    for (int64_t task = 0; task < panels * groups; ++task) {
-      const int64_t column = task / groups * width, columns = std::min(width, total_stride_ - column);
-      for (int64_t n = 0; n < positions; n += kPositions)
-        for (int64_t strip = task % groups * group; strip < std::min(task % groups * group + group, strips); ++strip) {
-          const Left<T> left = strips_.left(strip * kRows, n);
-          const Right<T> right{&grad_[n * grad_stride_ + column], grad_stride_};
-          const int64_t rows = std::min<int64_t>(kRows, channels_ - strip * kRows);
-          const int64_t inner = std::min(kPositions, positions - n);
-          T* to = &total_[strip * kRows * total_stride_ + column];
-          if (band == 0 && n == 0)
-            multiply(left, right, rows, inner, columns, Store<T, false>{to, total_stride_});
-          else
-            multiply(left, right, rows, inner, columns, AddTo<T>{to, total_stride_});
-        }
-    }
-  }
-
   void finish() {
     const int64_t taps = padded<T>(kUpsamplingTaps);
     Scratch<T> by_output(taps * padded<T>(outputs_));
@@ -182,7 +153,8 @@ class UpsampleBackward {
         continue;
       }
       transpose(total, outputs_, kUpsamplingTaps, outputs_, by_output.data(), taps);
-      for (int64_t o = 0; o < outputs_; ++o) std::copy_n(&by_output[o * taps], kUpsamplingTaps, to + o * kUpsamplingTaps);
+      for (int64_t o = 0; o < outputs_; ++o)
+        std::copy_n(&by_output[o * taps], kUpsamplingTaps, to + o * kUpsamplingTaps);
     }
 #pragma omp for schedule(static)
     for (int64_t o = 0; o < outputs_; ++o) {

@@ -26,8 +26,8 @@ void bind(py::module_& module, const std::string& suffix) {
   module.def(("upsample_twice_backward_" + suffix).c_str(),
              [](const Dense& d_out, const Dense& x, const Weight& weight, const Dense& d_x, const Weight& d_weight,
                 uintptr_t d_bias, int threads) {
-               upsample_twice_backward<S>(d_out.as<const S>(), x.as<const S>(), weight_at<const T>(weight),
-                                          d_x.as<S>(), weight_at<T>(d_weight), at<T>(d_bias), threads);
+               upsample_twice_backward<S>(d_out.as<const S>(), x.as<const S>(), weight_at<const T>(weight), d_x.as<S>(),
+                                          weight_at<T>(d_weight), at<T>(d_bias), threads);
              },
              Release());
 }

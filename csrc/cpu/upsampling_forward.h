@@ -34,10 +34,9 @@ class UpsampleForward {
         outputs_(out.shape.channels),
         left_stride_(spread_stride<T>(kNeighbours * channels_)),
         out_stride_(padded<T>(outputs_)),
-        tiles_(0, shape_.batch * shape_.positions(), kUpsamplingTile, kFewestUpsampleTiles),
+        tiles_(0, shape_.batch * shape_.positions(), kUpsamplingTile, kFewestTiles),
         panels_(kUpsamplingTaps * channels_, outputs_) {
-    bias_.fill(out_stride_, T(0));
-    std::copy_n(bias, outputs_, bias_.data());
+    copy_padded(bias, outputs_, bias_);
   }
 
   void run(int threads) {

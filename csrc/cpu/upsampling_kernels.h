@@ -7,6 +7,7 @@
 
 #include "../common/access.h"
 #include "../common/panels.h"
+#include "../common/pieces.h"
 
 #include "upsampling_rows.h"
 

@@ -5,8 +5,7 @@
 namespace btinet {
 namespace BTINET_ISA {
 
-constexpr int64_t kUpsamplingTile = 96;     // positions: while a panel of weights is in the second cache
-constexpr int64_t kFewestUpsampleTiles = 8;  // so that maps of few positions keep several threads busy
+constexpr int64_t kUpsamplingTile = 96;  // positions: while a panel of weights is in the second cache
 
 // A tensor as rows of channels: in place where memory allows, else a copy, made by all threads of a team.
 template <class S>
@@ -47,22 +46,6 @@ class ChannelRows {
   Scratch<T> copy_;
 };
 
-// Positions of a whole batch, cut into pieces that are whole register blocks and about alike.
-class Pieces {
- public:
-  Pieces(int64_t begin, int64_t end, int64_t largest, int64_t fewest)
-      : begin_(begin), end_(end), blocks_((end - begin + kRows - 1) / kRows) {
-    count_ = std::min(blocks_, std::max(fewest, (end - begin + largest - 1) / largest));
-  }
-  int64_t count() const { return count_; }
-  int64_t begin(int64_t piece) const { return std::min(end_, begin_ + piece * blocks_ / count_ * kRows); }
-  int64_t end(int64_t piece) const { return begin(piece + 1); }
-  int64_t largest() const { return count_ ? (blocks_ + count_ - 1) / count_ * kRows : 0; }
-
- private:
-  int64_t begin_, end_, blocks_, count_;
-};
-
 // Positions side by side in one row of an image.
 struct Run {
   int64_t sample, row, column;
@@ -77,12 +60,6 @@ void for_each_run(const Shape& shape, int64_t begin, int64_t end, const F& f) {
     f(Run{n / (width * height), row, column, n - begin, count});
     n += count;
   }
-}
-
-// Rows of a matrix this far apart, in whole vectors, do not all fall into the same sets of the first cache.
-template <class T>
-int64_t spread_stride(int64_t columns) {
-  return padded<T>(columns) + Lanes<T>::count;
 }
 
 template <class T>
