@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from btinet_kernels.backends import choose
+from btinet_kernels.backends import choose, requested_backend
 from btinet_kernels.gates import attention_native as native
 from btinet_kernels.gates import attention_reference as reference
 from btinet_kernels.gates.attention_reference import JointWeights
@@ -21,6 +21,11 @@ from btinet_kernels.interaction.passes_op import (
     new_in_format_of,
     no_double_backward,
 )
+
+# Where `auto` takes the reference on the CPU although the kernels could serve: ATen multiplies bfloat16 with instructions
+# of its own, where the kernels widen it to float32; its products take planes as they lie, where the kernels turn them
+# around; and without a gradient it gates fewer elements than these as fast.
+SMALLEST_WITHOUT_GRADIENT = 1 << 22
 
 JOINT, GATE = "fused_joint_projection", "fused_position_gate"
 
@@ -47,7 +52,7 @@ def fused_joint_projection(x: Tensor, g: Tensor, weights: JointWeights) -> Tenso
         if list(weight.shape) != shape:
             raise ValueError(f"{JOINT}: {name} is {list(weight.shape)}, but it must be {shape}.")
     x, g = _promoted(x, g)
-    if choose(JOINT, x, g) == "reference":
+    if choose(JOINT, x, g) == "reference" or (_by_default(x) and (x.dtype == torch.bfloat16 or x.stride(1) != 1)):
         return reference.joint_projection(x, g, JointWeights(*(w.to(x.dtype) for w in weights)))
     return joint_projection(x, g, *weights) if torch.compiler.is_compiling() else _Joint.apply(x, g, *weights)
 
@@ -73,10 +78,19 @@ def fused_position_gate(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> T
         if list(tensor.shape) != shape:
             raise ValueError(f"{GATE}: {name} is {list(tensor.shape)}, but it must be {shape}.")
     x, h = _promoted(x, h)
-    if choose(GATE, x, h) == "reference":
+    if choose(GATE, x, h) == "reference" or (_by_default(x) and _gate_by_aten(x, h, weight, bias)):
         return reference.position_gate(x, h, weight.to(x.dtype), bias.to(x.dtype))
     inputs = (x, h, weight, bias)
     return (position_gate(*inputs) if torch.compiler.is_compiling() else _Gate.apply(*inputs))[0]
+
+
+def _by_default(x: Tensor) -> bool:
+    return x.device.type == "cpu" and requested_backend() == "auto"
+
+
+def _gate_by_aten(x: Tensor, *others: Tensor) -> bool:
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
+    return x.dtype == torch.bfloat16 or (not differentiated and x.numel() < SMALLEST_WITHOUT_GRADIENT)
 
 
 def _check_sizes(operator: str, x: Tensor, other: Tensor, name: str) -> None:

@@ -10,10 +10,10 @@ struct GatePlan {
   template <class... Views>
   explicit GatePlan(const Shape& shape, int64_t bytes_per_value, const Views&... views)
       : planes(((layout_of(views) == Layout::planes) && ...)),
-        streaming(shape.batch * shape.channels * shape.positions() * bytes_per_value > kCaches),
+        streaming(2 * shape.batch * shape.channels * shape.positions() * bytes_per_value > kCaches),
         ranges(shape, planes ? kPlaneTile : kTile) {}
 
-  static constexpr int64_t kCaches = 32 << 20;  // bytes
+  static constexpr int64_t kCaches = 32 << 20;  // bytes, of what is read and what is written
   const bool planes;
   const bool streaming;  // whoever reads the result does not find it in the caches anyway
   const Partition ranges;
@@ -32,52 +32,92 @@ inline T dot_row(const T* a, const T* b, int64_t count) {
   return sum_of_lanes<T>(sum);
 }
 
+// What one thread needs for the forward pass. Gates of a whole range come before its products: two long streams one
+// after the other are fetched faster than short pieces in turn.
+template <class S>
+class PositionGate {
+  using T = Compute<S>;
+
+ public:
+  PositionGate(const View<const S>& x, const View<const S>& h, const T* weight, T bias, const View<S>& out,
+               bool streaming)
+      : x_(x),
+        h_(h),
+        weight_(weight),
+        bias_(bias),
+        out_(out),
+        streaming_(streaming),
+        of_x_(x),
+        of_h_(h),
+        of_out_(out) {}
+
+  void planes(const Range& range, T* gates) const {
+    for_each_tile(range, kPlaneTile, [&](const Range& tile) {
+      T* at = gates + tile.begin - range.begin;
+      const int64_t count = tile.end - tile.begin;
+      std::fill_n(at, count, bias_);
+      for_each_planes<4>(h_.shape.channels, [&](int64_t first, auto number) {
+        for_each_vector<T>(count, [&](int64_t i, auto part) {
+          Vector<T> sum = load(at + i, part);
+          for (int64_t k = first; k < first + number; ++k) sum += weight_[k] * load(run_of(h_, tile, k) + i, part);
+          store(at + i, sum, part);
+        });
+      });
+      gates_of(at, count);
+      for (int64_t c = 0; c < x_.shape.channels; ++c) {
+        const S* from = run_of(x_, tile, c);
+        store_run(run_of(out_, tile, c), count, streaming_,
+                  [&](int64_t i, auto part) { return load(from + i, part) * load(at + i, part); });
+      }
+    });
+  }
+
+  void rows(const Range& range, T* gates) {
+    for_each_tile(range, kTile, [&](const Range& tile) {
+      const Tile<T> h = of_h_.read(tile);
+      T* at = gates + tile.begin - range.begin;
+      for (int64_t r = 0; r < tile.end - tile.begin; ++r)
+        at[r] = bias_ + dot_row(h.data + r * h.stride, weight_, h_.shape.channels);
+      gates_of(at, tile.end - tile.begin);
+    });
+    for_each_tile(range, kTile, [&](const Range& tile) {
+      const Tile<T> x = of_x_.read(tile);
+      of_out_.begin(tile);
+      for (int64_t r = 0; r < tile.end - tile.begin; ++r) {
+        const T *from = x.data + r * x.stride, gate = gates[tile.begin - range.begin + r];
+        store_run(of_out_.row(r), x_.shape.channels, streaming_ && of_out_.direct(),
+                  [&](int64_t c, auto) { return load(from + c) * gate; });
+      }
+      of_out_.end();
+    });
+  }
+
+ private:
+  const View<const S>&x_, &h_;
+  const T* weight_;
+  const T bias_;
+  const View<S>& out_;
+  const bool streaming_;
+  TileReader<S> of_x_, of_h_;
+  TileWriter<S> of_out_;
+};
+
 template <class S>
 void position_gate(const View<const S>& x, const View<const S>& h, const PositionWeights<const Compute<S>>& weights,
                    Compute<S>* gate, const View<S>& out, int threads) {
   using T = Compute<S>;
-  const int64_t channels = x.shape.channels, inputs = h.shape.channels, positions = x.shape.positions();
   const GatePlan plan(x.shape, sizeof(S), x, h, out);
   Scratch<T> weight;
-  copy_padded(weights.weight, inputs, weight);
+  copy_padded(weights.weight, h.shape.channels, weight);
 #pragma omp parallel num_threads(threads)
   {
-    TileReader<S> of_x(x), of_h(h);
-    TileWriter<S> of_out(out);
+    PositionGate<S> pass(x, h, weight.data(), *weights.bias, out, plan.streaming);
 #pragma omp for schedule(static)
-    for (int64_t index = 0; index < plan.ranges.ranges(); ++index)
-      for_each_tile(plan.ranges.range(index), plan.planes ? kPlaneTile : kTile, [&](const Range& tile) {
-        const int64_t count = tile.end - tile.begin;
-        T* gates = gate + tile.sample * positions + tile.begin;
-        if (plan.planes) {
-          std::fill_n(gates, count, *weights.bias);
-          for_each_planes<4>(inputs, [&](int64_t k, auto number) {
-            for_each_vector<T>(count, [&](int64_t i, auto part) {
-              Vector<T> sum = load(gates + i, part);
-              for (int64_t j = k; j < k + number; ++j) sum += weight[j] * load(run_of(h, tile, j) + i, part);
-              store(gates + i, sum, part);
-            });
-          });
-          gates_of(gates, count);
-          for (int64_t c = 0; c < channels; ++c) {
-            const S* from = run_of(x, tile, c);
-            store_run(run_of(out, tile, c), count, plan.streaming,
-                      [&](int64_t i, auto part) { return load(from + i, part) * load(gates + i, part); });
-          }
-          return;
-        }
-        const Tile<T> rows_of_h = of_h.read(tile), rows = of_x.read(tile);
-        for (int64_t r = 0; r < count; ++r)
-          gates[r] = *weights.bias + dot_row(rows_of_h.data + r * rows_of_h.stride, weight.data(), inputs);
-        gates_of(gates, count);
-        of_out.begin(tile);
-        for (int64_t r = 0; r < count; ++r) {
-          const T* from = rows.data + r * rows.stride;
-          store_run(of_out.row(r), channels, plan.streaming && of_out.direct(),
-                    [&](int64_t c, auto) { return load(from + c) * gates[r]; });
-        }
-        of_out.end();
-      });
+    for (int64_t index = 0; index < plan.ranges.ranges(); ++index) {
+      const Range range = plan.ranges.range(index);
+      T* gates = gate + range.sample * x.shape.positions() + range.begin;
+      plan.planes ? pass.planes(range, gates) : pass.rows(range, gates);
+    }
     if (plan.streaming) end_streams();
   }
 }

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from btinet_kernels import JointWeights, fused_joint_projection, fused_position_gate, use_backend
-from btinet_kernels.gates import attention_op
+from btinet_kernels.gates import attention_native, attention_op
 from btinet_kernels.nn import AttentionGate
 
 # Sizes [B, *spatial]; channels C of x, G or K of the other. A tile has 48 positions (4096 in planes), a vector 16
@@ -66,14 +66,20 @@ def textbook_gate(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x * torch.sigmoid(torch.einsum("bk...,k->b...", h, weight.flatten()) + bias).unsqueeze(1)
 
 
-def joint(x: Tensor, g: Tensor, *of: Tensor) -> Tensor:
-    with use_backend("native"):
-        return fused_joint_projection(x, g, JointWeights(*of))
+PUBLIC: dict[str, Callable[..., Tensor]] = {
+    "joint": lambda x, g, *of: fused_joint_projection(x, g, JointWeights(*of)),
+    "gate": fused_position_gate,
+}
 
 
-def gate(x: Tensor, h: Tensor, *of: Tensor) -> Tensor:
+def joint(*inputs: Tensor) -> Tensor:
     with use_backend("native"):
-        return fused_position_gate(x, h, *of)
+        return PUBLIC["joint"](*inputs)
+
+
+def gate(*inputs: Tensor) -> Tensor:
+    with use_backend("native"):
+        return PUBLIC["gate"](*inputs)
 
 
 OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
@@ -138,17 +144,13 @@ def test_native_in_float64(name: str, size: tuple[int, ...], channels: tuple[int
 
 @operators
 def test_the_reference_is_the_textbook(name: str) -> None:
-    function, textbook, weights = OPERATORS[name]
-    reference = {
-        "joint": lambda x, g, *of: fused_joint_projection(x, g, JointWeights(*of)),
-        "gate": fused_position_gate,
-    }
+    _, textbook, weights = OPERATORS[name]
     for dims in (1, 2, 3):
         size, channels = (2, *(4, 5, 3)[:dims]), (5, 7, 4)
         inputs = [*pair(size, channels, "rows"), *weights(channels, dims)]
         upstream = upstream_of(name, size, channels, "rows")
         with use_backend("reference"):
-            ours = run(reference[name], inputs, upstream)
+            ours = run(PUBLIC[name], inputs, upstream)
         assert_close(ours, run(textbook, inputs, upstream), channels)
 
 
@@ -303,6 +305,27 @@ def test_activations_of_two_dtypes_promote() -> None:
     x, other = dense((2, 5, 4, 3), "rows", torch.float32), dense((2, 6, 4, 3), "rows", torch.bfloat16)
     assert gate(x, other, *gate_weights((5, 6), 2)).dtype == torch.float32
     assert joint(other, x, *joint_weights((6, 5, 4), 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype", "gradient", "fused"),
+    [
+        ("joint", "rows", torch.float32, False, True),
+        ("joint", "planes", torch.float32, True, False),
+        ("joint", "rows", torch.bfloat16, True, False),
+        ("gate", "planes", torch.float32, True, True),
+        ("gate", "rows", torch.float32, False, False),
+        ("gate", "rows", torch.bfloat16, True, False),
+    ],
+)
+def test_auto_takes_what_is_faster(
+    name: str, layout: str, dtype: torch.dtype, gradient: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [*pair((2, 6, 5), (4, 3), layout, dtype), *(w.float() for w in OPERATORS[name][2]((4, 3, 8), 2))]
+    calls, call = [], attention_native._call
+    monkeypatch.setattr(attention_native, "_call", lambda *args: calls.append(args[0]) or call(*args))
+    PUBLIC[name](*(t.requires_grad_(gradient) for t in inputs))
+    assert len(calls) == fused
 
 
 @operators
