@@ -22,9 +22,9 @@ from btinet_kernels.interaction.passes_op import (
     no_double_backward,
 )
 
-# Where `auto` takes the reference on the CPU although the kernels could serve: ATen multiplies bfloat16 with instructions
-# of its own, where the kernels widen it to float32; its products take planes as they lie, where the kernels turn them
-# around; and without a gradient it gates fewer elements than these as fast.
+# Where `auto` takes the reference on the CPU although the kernels could serve: ATen multiplies bfloat16 with
+# instructions of its own, where the kernels widen it to float32; its products take planes as they lie, where the
+# kernels turn them around; and without a gradient it gates fewer elements than these as fast.
 SMALLEST_WITHOUT_GRADIENT = 1 << 22
 
 JOINT, GATE = "fused_joint_projection", "fused_position_gate"
