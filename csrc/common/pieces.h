@@ -31,6 +31,24 @@ Pieces bands_of_rows(int64_t positions, int64_t stride) {
   return Pieces(0, positions, std::max(kFewestPositions, kBytes / (stride * int64_t(sizeof(T)))), 1);
 }
 
+// Whether a tensor is too large for whoever reads it next to find it in the caches, beside what it was computed from.
+template <class S>
+bool outgrows_caches(const View<S>& view) {
+  constexpr int64_t kBytes = 16 << 20;
+  return view.shape.batch * view.shape.channels * view.shape.positions() * int64_t(sizeof(S)) > kBytes;
+}
+
+// As store_tile, for all channels; past the caches where that is wanted and possible. `end_streams` comes after.
+template <class S>
+void write_tile(const View<S>& view, const Offsets& offsets, const Range& range, const Compute<S>* tile, int64_t stride,
+                bool streaming) {
+  const int64_t columns = view.shape.channels;
+  if (!streaming || view.channel_stride != 1) return store_tile(view, offsets, range, 0, columns, tile, stride);
+  for (int64_t n = range.begin; n < range.end; ++n, tile += stride)
+    store_run(view.data + range.sample * view.batch_stride + offsets[n], columns, true,
+              [&](int64_t c, auto) { return load(tile + c); });
+}
+
 // Rows of a matrix this far apart, in whole vectors, do not all fall into the same sets of the first cache.
 template <class T>
 int64_t spread_stride(int64_t columns) {

@@ -81,7 +81,6 @@ void joint_projection(const View<const S>& x, const View<const S>& g, const Join
 template <class S>
 class JointBackward {
   using T = Compute<S>;
-  static constexpr int64_t kCaches = 16 << 20;  // bytes: half of the outer cache, the other half is what is read
 
  public:
   JointBackward(const View<const S>& d_out, const View<const S>& out, const View<const S>& x, const View<const S>& g,
@@ -98,7 +97,7 @@ class JointBackward {
         d_x_offsets_(d_x),
         d_g_offsets_(d_g),
         source_(x, g),
-        streaming_(x.shape.batch * x.shape.positions() * source_.columns() * int64_t(sizeof(S)) > kCaches),
+        streaming_(outgrows_caches(d_x)),
         positions_(x.shape.positions()),
         channels_(x.shape.channels),
         outputs_(out.shape.channels),
@@ -174,18 +173,9 @@ class JointBackward {
     multiply_panels(Left<T>{dz, out_stride_, 1}, panels_, count, zeros_.data(), result, total_stride_);
     for_each_sample(begin, end, positions_, [&](const Range& range, int64_t before) {
       const T* from = result + before * total_stride_;
-      write(d_x_, d_x_offsets_, range, from);
-      write(d_g_, d_g_offsets_, range, from + channels_);
+      write_tile(d_x_, d_x_offsets_, range, from, total_stride_, streaming_);
+      write_tile(d_g_, d_g_offsets_, range, from + channels_, total_stride_, streaming_);
     });
-  }
-
-  void write(const View<S>& view, const Offsets& offsets, const Range& range, const T* from) const {
-    const int64_t columns = view.shape.channels;
-    if (!streaming_ || view.channel_stride != 1)
-      return store_tile(view, offsets, range, 0, columns, from, total_stride_);
-    for (int64_t n = range.begin; n < range.end; ++n, from += total_stride_)
-      store_run(view.data + range.sample * view.batch_stride + offsets[n], columns, true,
-                [&](int64_t c, auto) { return load(from + c); });
   }
 
   void finish() {
@@ -206,7 +196,7 @@ class JointBackward {
   const JointWeights<T>& d_weights_;
   const Offsets d_out_offsets_, out_offsets_, d_x_offsets_, d_g_offsets_;
   const JointRows<S> source_;
-  const bool streaming_;  // whoever reads the gradients does not find them in the caches anyway
+  const bool streaming_;
   const int64_t positions_, channels_, outputs_, out_stride_, total_stride_;
   const Pieces bands_;
   std::vector<int64_t> first_tile_;  // of each band

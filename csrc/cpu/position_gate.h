@@ -7,15 +7,14 @@ namespace BTINET_ISA {
 
 // How both passes are cut; what is summed in which order depends on the shape alone.
 struct GatePlan {
-  template <class... Views>
-  explicit GatePlan(const Shape& shape, int64_t bytes_per_value, const Views&... views)
-      : planes(((layout_of(views) == Layout::planes) && ...)),
-        streaming(2 * shape.batch * shape.channels * shape.positions() * bytes_per_value > kCaches),
-        ranges(shape, planes ? kPlaneTile : kTile) {}
+  template <class S, class... Views>
+  explicit GatePlan(const View<S>& out, const Views&... views)
+      : planes(((layout_of(views) == Layout::planes) && ...) && layout_of(out) == Layout::planes),
+        streaming(outgrows_caches(out)),
+        ranges(out.shape, planes ? kPlaneTile : kTile) {}
 
-  static constexpr int64_t kCaches = 32 << 20;  // bytes, of what is read and what is written
   const bool planes;
-  const bool streaming;  // whoever reads the result does not find it in the caches anyway
+  const bool streaming;
   const Partition ranges;
 };
 
@@ -106,7 +105,7 @@ template <class S>
 void position_gate(const View<const S>& x, const View<const S>& h, const PositionWeights<const Compute<S>>& weights,
                    Compute<S>* gate, const View<S>& out, int threads) {
   using T = Compute<S>;
-  const GatePlan plan(x.shape, sizeof(S), x, h, out);
+  const GatePlan plan(out, x, h);
   Scratch<T> weight;
   copy_padded(weights.weight, h.shape.channels, weight);
 #pragma omp parallel num_threads(threads)
@@ -225,7 +224,7 @@ void position_gate_backward(const View<const S>& d_out, const View<const S>& x, 
                             int threads) {
   using T = Compute<S>;
   const int64_t sizes = h.shape.channels + 1;
-  const GatePlan plan(x.shape, sizeof(S), d_out, x, h, d_x, d_h);
+  const GatePlan plan(d_x, d_out, x, h, d_h);
   Scratch<T> weight;
   copy_padded(weights.weight, h.shape.channels, weight);
   std::vector<double> sums(plan.ranges.ranges() * sizes);

@@ -34,7 +34,9 @@ class UpsampleBackward {
         transposed_(inner_, channels_),
         strips_(bands_.largest(), channels_),
         grad_(bands_.largest() * grad_stride_),
-        total_(channels_ * total_stride_) {
+        in_place_(d_weight.tap_stride != 1 && total_stride_ == inner_),
+        own_total_(in_place_ ? 0 : channels_ * total_stride_),
+        total_(in_place_ ? d_weight.data : own_total_.data()) {
     int64_t tiles = 0;
     for (int64_t band = 0; band < bands_.count(); ++band) {
       first_tile_.push_back(tiles);
@@ -42,7 +44,7 @@ class UpsampleBackward {
     }
     first_tile_.push_back(tiles);
     bias_sums_.resize(tiles * bias_stride_);
-    if (tiles == 0) total_.fill(channels_ * total_stride_, T(0));
+    if (tiles == 0) std::fill_n(total_, channels_ * total_stride_, T(0));
     zeros_.fill(x_stride_, T(0));
   }
 
@@ -60,7 +62,7 @@ class UpsampleBackward {
           work_off(bands_.begin(band), tiles.begin(tile), tiles.end(tile),
                    &bias_sums_[(first_tile_[band] + tile) * bias_stride_], result.data());
         add_products(strips_, Right<T>{grad_.data(), grad_stride_}, bands_.end(band) - bands_.begin(band),
-                     total_stride_, band == 0, total_.data(), total_stride_);
+                     total_stride_, band == 0, total_, total_stride_);
 #pragma omp barrier
       }
       finish();
@@ -145,8 +147,8 @@ class UpsampleBackward {
     const int64_t taps = padded<T>(kUpsamplingTaps);
     Scratch<T> by_output(taps * padded<T>(outputs_));
 #pragma omp for schedule(static) nowait
-    for (int64_t c = 0; c < channels_; ++c) {
-      const T* total = &total_[c * total_stride_];
+    for (int64_t c = 0; c < (in_place_ ? 0 : channels_); ++c) {
+      const T* total = total_ + c * total_stride_;
       T* to = d_weight_.data + c * inner_;
       if (d_weight_.tap_stride != 1) {
         std::copy_n(total, inner_, to);
@@ -176,7 +178,10 @@ class UpsampleBackward {
   std::vector<int64_t> first_tile_;  // of each band
   Panels<T> transposed_;             // [9 O, C]
   Strips<T> strips_;                 // [positions of a band, C]
-  Scratch<T> grad_, total_;          // [positions of a band, 9 O], [C, 9 O]
+  Scratch<T> grad_;                  // [positions of a band, 9 O]
+  const bool in_place_;              // whether the sums of d_weight can be kept where they belong
+  Scratch<T> own_total_;
+  T* const total_;  // [C, 9 O]
   Scratch<T> bias_sums_, zeros_;
 };
 

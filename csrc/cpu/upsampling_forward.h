@@ -30,6 +30,7 @@ class UpsampleForward {
         shape_(x.shape),
         x_(x),
         out_offsets_(out),
+        streaming_(outgrows_caches(out)),
         channels_(x.shape.channels),
         outputs_(out.shape.channels),
         left_stride_(spread_stride<T>(kNeighbours * channels_)),
@@ -57,6 +58,7 @@ class UpsampleForward {
             if (parity.y == y) multiply_parity(parity, end - begin, left.data(), result.data());
           write(begin, end, y, result.data());
         }
+        if (streaming_) end_streams();
       }
     }
   }
@@ -107,8 +109,8 @@ class UpsampleForward {
   void write(int64_t begin, int64_t end, int64_t y, const T* result) const {
     for_each_run(shape_, begin, end, [&](const Run& run) {
       const int64_t at = (2 * run.row + y) * 2 * shape_.size[2] + 2 * run.column;
-      store_tile(out_, out_offsets_, {run.sample, at, at + 2 * run.count}, 0, outputs_,
-                 result + 2 * run.first * out_stride_, out_stride_);
+      write_tile(out_, out_offsets_, {run.sample, at, at + 2 * run.count}, result + 2 * run.first * out_stride_,
+                 out_stride_, streaming_);
     });
   }
 
@@ -117,6 +119,7 @@ class UpsampleForward {
   const Shape shape_;
   ChannelRows<S> x_;
   const Offsets out_offsets_;
+  const bool streaming_;
   const int64_t channels_, outputs_, left_stride_, out_stride_;
   const Pieces tiles_;
   Panels<T> panels_;  // parity by parity, tap by tap, channel by channel
