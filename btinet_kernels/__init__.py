@@ -1,13 +1,9 @@
 """Fused operators for multi-task networks whose tasks interact.
 
 Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``, ``fused_separable_conv``,
-``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In
-somebody else's model: ``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
-Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``,
 ``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_upsample_twice``, ``fused_joint_projection``,
-``fused_position_gate``.
-Modules: ``btinet_kernels.nn``. In somebody else's model: ``accelerate(model)``. Which backend serves what on this
-machine: ``backends()``.
+``fused_position_gate``, ``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In somebody else's model:
+``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
 """
 
 from btinet_kernels.accelerate import AccelerationReport, ModuleReport, accelerate, accelerates, restore
@@ -55,9 +51,9 @@ __all__ = [
     "fused_dual_path_attention",
     "fused_joint_projection",
     "fused_multi_scale",
+    "fused_position_gate",
     "fused_segmentation_loss",
     "fused_separable_conv",
-    "fused_position_gate",
     "fused_squeeze_excite",
     "fused_task_interaction",
     "fused_tim",

@@ -48,13 +48,6 @@ class RowsOf {
   bool in_place_;
 };
 
-// A vector of `count` values with zeros up to whole vectors.
-template <class T>
-void copy_padded(const T* values, int64_t count, Scratch<T>& out) {
-  out.fill(padded<T>(count), T(0));
-  std::copy_n(values, count, out.data());
-}
-
 // Does what `Finish` says with tiles of rows, and keeps the moments of each range of positions.
 template <class T>
 class FinishedTiles {
