@@ -28,6 +28,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_dual_path_attention": ("native",),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
     "fused_segmentation_loss": ("native",),
+    "fused_upsample_twice": ("native",),
+    "fused_joint_projection": ("native",),
+    "fused_position_gate": ("native",),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btinet_kernels.accelerated import has_hooks
+from btinet_kernels.gates.attention_op import fused_joint_projection, fused_position_gate
+from btinet_kernels.gates.attention_reference import JointWeights
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
 from btinet_kernels.gates.reference import KERNEL_WIDTH, DualPathWeights
 from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite
@@ -379,10 +381,17 @@ class AttentionGate(nn.Module):
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         """Gate ``x`` by ``g``."""
-        gating = self.gating_transform(g)
-        if gating.shape[2:] != x.shape[2:]:
-            gating = F.interpolate(gating, x.shape[2:], mode=_INTERPOLATION[x.ndim - 2], align_corners=False)
-        return x * self.context(F.relu(self.skip_transform(x) + gating))
+        skip, gating = self.skip_transform, self.gating_transform
+        if g.shape[2:] == x.shape[2:]:
+            assert skip.bias is not None
+            assert gating.bias is not None
+            hidden = fused_joint_projection(x, g, JointWeights(skip.weight, skip.bias, gating.weight, gating.bias))
+        else:
+            resized = F.interpolate(gating(g), x.shape[2:], mode=_INTERPOLATION[x.ndim - 2], align_corners=False)
+            hidden = F.relu(skip(x) + resized)
+        gate = cast("nn.Conv2d", self.context[2])
+        assert gate.bias is not None
+        return fused_position_gate(x, self.context[:2](hidden), gate.weight, gate.bias)
 
 
 def initialise(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from btinet.errors import UserError
 from btinet.models.encoder import ExpansionEncoder, PyramidEncoder
 from btinet.models.fusion import fold_batchnorms
+from btinet_kernels import fused_upsample_twice
 from btinet_kernels.interaction.reference import Pooling, Signals
 from btinet_kernels.nn import (
     NORM_EPSILON,
@@ -101,7 +102,8 @@ class UpsampleTwice(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``[B, C_in, H, W]`` → ``[B, C_out, 2H, 2W]``."""
-        return super().forward(x)[..., :-1, :-1]
+        assert self.bias is not None
+        return fused_upsample_twice(x, self.weight, self.bias)
 
 
 class DecoderLevel(nn.Module):

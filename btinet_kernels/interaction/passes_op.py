@@ -81,6 +81,13 @@ def in_format_of(seg: Tensor, out: Tensor) -> Tensor:
     return out if out.stride() == like.stride() else like.copy_(out)
 
 
+def new_in_format_of(x: Tensor, channels: int, positions: Sequence[int]) -> Tensor:
+    """An uninitialised, dense ``[B, channels, *positions]`` with the channels side by side where those of ``x`` are."""
+    if x.stride(1) == 1 and not x.is_contiguous():
+        return x.new_empty(x.shape[0], *positions, channels).movedim(-1, 1)
+    return x.new_empty(x.shape[0], channels, *positions)
+
+
 # The passes of the backward, custom ops of their own so that a compiler need not look inside.
 
 

@@ -7,6 +7,8 @@
 
 #include "../common/access.h"
 #include "../common/linear.h"
+#include "../common/panels.h"
+#include "../common/pieces.h"
 
 #include "dual_path_planes.h"
 #include "dual_path_rows.h"
@@ -16,6 +18,8 @@
 
 #include "dual_path_backward.h"
 #include "dual_path_forward.h"
+#include "joint_projection.h"
+#include "position_gate.h"
 
 namespace btinet {
 namespace BTINET_ISA {

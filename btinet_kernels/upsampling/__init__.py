@@ -1,0 +1,1 @@
+"""The transposed convolution that doubles the size, as one operator."""

@@ -1,0 +1,8 @@
+#include "../common/prelude.h"
+#include "upsampling.h"
+
+#if defined(__x86_64__)
+#include "../common/isa_avx2.h"
+
+#include "upsampling_kernels.h"
+#endif

@@ -1,0 +1,6 @@
+#include "../common/prelude.h"
+#include "upsampling.h"
+
+#include "../common/isa_portable.h"
+
+#include "upsampling_kernels.h"
