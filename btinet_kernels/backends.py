@@ -28,6 +28,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_dual_path_attention": ("native",),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
     "fused_segmentation_loss": ("native",),
+    "fused_batch_norm_act": ("native",),
+    "fused_depthwise_conv": ("native",),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 

@@ -16,4 +16,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_multi_scale(module);
   bind_gates(module);
   bind_segmentation_loss(module);
+  bind_batch_norm(module);
 }
