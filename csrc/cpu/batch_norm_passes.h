@@ -37,27 +37,25 @@ class PairSums {
   std::vector<double> values_;
 };
 
-// Adds term(r, c, part, a, b) up over the rows of a block: what it adds to a and to b, of the vector of channels at c.
+// Adds term(r, c, part, a, b) up over the rows of a block, one row after the other: the hardware fetches a few streams
+// ahead of time. `term` adds to a and to b of the vector of channels at c.
 template <class T, class Term>
-inline void add_pairs_of_rows(int64_t rows, int64_t channels, double* first, double* second, const Term& term) {
-  constexpr int64_t lanes = Lanes<T>::count;
-  constexpr int kSideBySide = 4;  // vectors: a whole page line or more of each row
-  const auto some = [&](int64_t c, auto vectors, auto part) {
-    constexpr int V = decltype(vectors)::value;
-    Vector<T> a[V] = {}, b[V] = {};
-    for (int64_t r = 0; r < rows; ++r)
-      for (int v = 0; v < V; ++v) term(r, c + v * lanes, part, a[v], b[v]);
-    for (int v = 0; v < V; ++v) {
-      const int64_t from = c + v * lanes, count = std::min(lanes, channels - from);
-      add_lanes<T>(a[v], first + from, count);
-      add_lanes<T>(b[v], second + from, count);
-    }
-  };
-  int64_t c = 0;
-  for (; c + kSideBySide * lanes <= channels; c += kSideBySide * lanes)
-    some(c, std::integral_constant<int, kSideBySide>{}, Whole{});
-  for_each_vector<T>(channels - c,
-                     [&](int64_t i, auto part) { some(c + i, std::integral_constant<int, 1>{}, part); });
+inline void add_pairs_of_rows(int64_t rows, int64_t channels, Scratch<T>& sums, double* first, double* second,
+                              const Term& term) {
+  const int64_t stride = padded<T>(channels);
+  sums.fill(2 * stride, T(0));
+  for (int64_t r = 0; r < rows; ++r)
+    for_each_vector<T>(channels, [&](int64_t c, auto part) {
+      Vector<T> a = load(&sums[c]), b = load(&sums[stride + c]);
+      term(r, c, part, a, b);
+      store(&sums[c], a);
+      store(&sums[stride + c], b);
+    });
+  for (int64_t c = 0; c < channels; c += Lanes<T>::count) {
+    const int64_t count = std::min(Lanes<T>::count, channels - c);
+    add_lanes<T>(load(&sums[c]), first + c, count);
+    add_lanes<T>(load(&sums[stride + c]), second + c, count);
+  }
 }
 
 // The same over consecutive positions of one channel; `term` leaves lanes beyond `count` out.
@@ -194,13 +192,15 @@ void normalise(const View<const S>& x, const NormWeights<Compute<S>>& weights, b
   } else {
     if (training) {
 #pragma omp for schedule(static)
-      for (int64_t group = 0; group < operands.groups(); ++group)
+      for (int64_t group = 0; group < operands.groups(); ++group) {
+        Scratch<T> block_sums;
         operands.template for_each_block<false>(group, [&](auto from, auto, auto, int64_t rows) {
           const auto term = [&](int64_t r, int64_t c, auto part, auto& a, auto& b) {
             add_moments<T>(load(from.at(r, c), part), Whole{}, load(&shift[c]), a, b);
           };
-          add_pairs_of_rows<T>(rows, channels, sums.first(group), sums.second(group), term);
+          add_pairs_of_rows<T>(rows, channels, block_sums, sums.first(group), sums.second(group), term);
         });
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < channels; ++c) {
@@ -279,15 +279,17 @@ void normalise_backward(const View<const S>& x, const View<const S>& grad, const
     }
   } else {
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group < operands.groups(); ++group)
+    for (int64_t group = 0; group < operands.groups(); ++group) {
+      Scratch<T> block_sums;
       operands.template for_each_block<kKeeps>(group, [&](auto from, auto above, auto to, int64_t rows) {
         const auto term = [&](int64_t r, int64_t c, auto part, auto& a, auto& b) {
           const Vector<T> d_z =
               add_term(table.channels(c), load(from.at(r, c), part), load(above.at(r, c), part), a, b);
           if (kKeeps) store(to.at(r, c), d_z, part);
         };
-        add_pairs_of_rows<T>(rows, channels, sums.first(group), sums.second(group), term);
+        add_pairs_of_rows<T>(rows, channels, block_sums, sums.first(group), sums.second(group), term);
       });
+    }
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < channels; ++c) finish(c, sums.total(c));
 #pragma omp for schedule(static)
