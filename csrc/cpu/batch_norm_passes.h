@@ -137,7 +137,7 @@ class Operands {
 
 // Adds up the values less `shift`, and their squares: nothing cancels where the mean is far from 0.
 template <class T, class U>
-inline void add_moments(Vector<T> value, U part, Vector<T> shift, Vector<T>& sum, Vector<T>& square) {
+inline void add_shifted(Vector<T> value, U part, Vector<T> shift, Vector<T>& sum, Vector<T>& square) {
   const Vector<T> centred = filled<T>(value - shift, part, T(0));
   sum += centred;
   square += centred * centred;
@@ -174,7 +174,7 @@ void normalise(const View<const S>& x, const NormWeights<Compute<S>>& weights, b
       for (int64_t b = 0; training && b < samples; ++b) {
         const S* from = operands.x(b, c);
         const auto [sum, square] = pairs_of_plane<T>(positions, [&](int64_t i, auto part, auto& a, auto& b) {
-          add_moments<T>(load(from + i, part), part, broadcast(shift[c]), a, b);
+          add_shifted<T>(load(from + i, part), part, broadcast(shift[c]), a, b);
         });
         total.first += sum;
         total.second += square;
@@ -196,7 +196,7 @@ void normalise(const View<const S>& x, const NormWeights<Compute<S>>& weights, b
         Scratch<T> block_sums;
         operands.template for_each_block<false>(group, [&](auto from, auto, auto, int64_t rows) {
           const auto term = [&](int64_t r, int64_t c, auto part, auto& a, auto& b) {
-            add_moments<T>(load(from.at(r, c), part), Whole{}, load(&shift[c]), a, b);
+            add_shifted<T>(load(from.at(r, c), part), Whole{}, load(&shift[c]), a, b);
           };
           add_pairs_of_rows<T>(rows, channels, block_sums, sums.first(group), sums.second(group), term);
         });
