@@ -1,12 +1,14 @@
 """Fused operators for multi-task networks whose tasks interact.
 
 Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``, ``fused_separable_conv``,
-``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In
-somebody else's model: ``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
+``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_batch_norm_act``, ``fused_depthwise_conv``,
+``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In somebody else's model: ``accelerate(model)``. Which
+backend serves what on this machine: ``backends()``.
 """
 
 from btinet_kernels.accelerate import AccelerationReport, ModuleReport, accelerate, accelerates, restore
 from btinet_kernels.backends import BackendError, backends, use_backend
+from btinet_kernels.depthwise.op import fused_depthwise_conv
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
 from btinet_kernels.gates.reference import DualPathWeights
 from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite
@@ -24,6 +26,7 @@ from btinet_kernels.multi_scale.op import fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
 from btinet_kernels.separable.op import fused_separable_conv
 from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
+from btinet_kernels.normalization.op import fused_batch_norm_act
 
 __version__ = "0.1.0"
 
@@ -43,6 +46,8 @@ __all__ = [
     "accelerate",
     "accelerates",
     "backends",
+    "fused_batch_norm_act",
+    "fused_depthwise_conv",
     "fused_dual_path_attention",
     "fused_multi_scale",
     "fused_segmentation_loss",

@@ -4,14 +4,15 @@
     print(btinet_kernels.accelerate(model))   # in place; names, parameters, hooks and state_dict stay
     btinet_kernels.restore(model)
 
-Squeeze-and-excitation of timm and torchvision is known; ``accelerates`` registers other modules.
+Squeeze-and-excitation of timm and torchvision, batch normalisation of images and depthwise convolutions are known;
+``accelerates`` registers other modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,16 +20,9 @@ from torch import nn
 from btinet_kernels import known_modules
 from btinet_kernels.accelerated import Recipe, Refused, build, has_hooks, install, original_class, uninstall
 from btinet_kernels.acceleration_check import Inputs, check
+from btinet_kernels.known_modules import Known
 
 Outcome = Literal["replaced", "already", "left"]
-
-
-class Known(NamedTuple):
-    """How a class is accelerated."""
-
-    build: Recipe
-    inputs: Inputs
-    name: str  # of what computes instead
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class AccelerationReport:
         return "\n".join([*lines, f"{summary}; {self.unknown} modules of classes that nobody registered"])
 
 
-_registered: dict[str, Known] = {}
+_registered: dict[str, Known] = dict(known_modules.KNOWN)
 
 
 def accelerates(cls: type[nn.Module] | str, *, inputs: Inputs, by: str | None = None) -> Callable[[Recipe], Recipe]:
@@ -179,8 +173,11 @@ def _treat(module: nn.Module) -> tuple[Outcome, str] | None:
         return "already", "replaced" if known is None else f"replaced by {known.name}"
     if known is None:
         for base in cls.__mro__[1:]:
-            if known_modules.full_name(base) in _registered:
+            of_base = _registered.get(known_modules.full_name(base))
+            if of_base is not None and (of_base.where is None or of_base.where(module)):
                 return "left", f"it is a subclass of {base.__name__}, which may compute something else"
+        return None
+    if known.where is not None and not known.where(module):
         return None
     try:
         _require_replaceable(module)
@@ -224,6 +221,3 @@ def _require_plain(model: Any, name: str) -> None:
     if (frozen := _frozen(model)) is not None:
         raise TypeError(f"{name} takes a plain module, got a {frozen} one; call it before the model is {frozen}.")
 
-
-for _name, _recipe in known_modules.SQUEEZE_EXCITE.items():
-    accelerates(_name, inputs=known_modules.squeeze_excite_inputs, by="fused_squeeze_excite")(_recipe)

@@ -18,8 +18,7 @@ from btinet_kernels.interaction.pointers import sizes_and_strides
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution; weight and bias dense, in the dtype that is computed in."""
-    size = [*x.shape[:2], *geometry.output_size(x.shape[2:], weight.shape[2:])]
-    out = x.new_empty(size).contiguous(memory_format=geometry.format_of(x))
+    out = geometry.new_result(x, weight)
     _call("depthwise", x, _dense(x), _numbers(weight, geometry), _address(x, weight), _address(x, bias), _dense(out))
     return out
 

@@ -33,6 +33,11 @@ class Geometry(NamedTuple):
         rows = x.stride(1) == 1 and x.shape[1] > 1
         return torch.channels_last if rows else torch.contiguous_format
 
+    def new_result(self, x: Tensor, weight: Tensor) -> Tensor:
+        """An uninitialised result of the convolution of ``x`` with ``weight``."""
+        size = [*x.shape[:2], *self.output_size(x.shape[2:], weight.shape[2:])]
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=self.format_of(x))
+
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """See ``fused_depthwise_conv``."""

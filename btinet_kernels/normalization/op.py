@@ -58,12 +58,11 @@ def fused_batch_norm_act(
     # What PyTorch generates for a custom operator goes through the schema twice for every argument.
     out, mean, variance = batch_norm(*inputs) if torch.compiler.is_compiling() else _BatchNorm.apply(*inputs)
     if training:
-        with torch.no_grad():
-            if running_mean is not None:
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            if running_var is not None:
-                count = x.numel() // x.shape[1]
-                running_var.mul_(1 - momentum).add_(variance.to(running_var.dtype), alpha=momentum * count / (count - 1))
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        if running_var is not None:
+            count = x.numel() // x.shape[1]
+            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
     return out
 
 

@@ -209,7 +209,8 @@ inline void add_lanes(Vector<T> value, double* sums, int64_t count) {
   store(lanes, value);
   int64_t i = 0;
   for (; i + some <= count; i += some)
-    store(sums + i, load(sums + i) + __builtin_convertvector(*reinterpret_cast<const Some*>(lanes + i), Vector<double>));
+    store(sums + i,
+          load(sums + i) + __builtin_convertvector(*reinterpret_cast<const Some*>(lanes + i), Vector<double>));
   for (; i < count; ++i) sums[i] += lanes[i];
 }
 

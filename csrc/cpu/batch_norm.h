@@ -27,17 +27,16 @@ struct Moments {
   T* variance;  // without correction
 };
 
-#define BTINET_DECLARE_BATCH_NORM                                                                                  \
-  /* `moments` are those of x, found here, where `training`, else given. */                                        \
-  template <class S>                                                                                               \
-  void batch_norm(const View<const S>& x, const NormWeights<Compute<S>>& weights, bool training,                   \
-                  const Moments<Compute<S>>& moments, const View<S>& out, int threads);                            \
-  /* `out`: gradient of x, through the moments too where `training`. */                                            \
-  template <class S>                                                                                               \
-  void batch_norm_backward(const View<const S>& x, const View<const S>& grad,                                      \
-                           const NormWeights<Compute<S>>& weights, bool training,                                  \
-                           const Moments<const Compute<S>>& moments, const View<S>& out, Compute<S>* d_weight,     \
-                           Compute<S>* d_bias, int threads);
+#define BTINET_DECLARE_BATCH_NORM                                                                                     \
+  /* `moments` are those of x, found here, where `training`, else given. */                                           \
+  template <class S>                                                                                                  \
+  void batch_norm(const View<const S>& x, const NormWeights<Compute<S>>& weights, bool training,                      \
+                  const Moments<Compute<S>>& moments, const View<S>& out, int threads);                               \
+  /* `out`: gradient of x, through the moments too where `training`. */                                               \
+  template <class S>                                                                                                  \
+  void batch_norm_backward(const View<const S>& x, const View<const S>& grad, const NormWeights<Compute<S>>& weights, \
+                           bool training, const Moments<const Compute<S>>& moments, const View<S>& out,               \
+                           Compute<S>* d_weight, Compute<S>* d_bias, int threads);
 
 BTINET_DECLARE_BATCH_NORM
 

@@ -21,8 +21,7 @@ struct Rows {
 // Two sums for each channel of each group of positions, in double.
 class PairSums {
  public:
-  PairSums(int64_t groups, int64_t channels)
-      : groups_(groups), channels_(channels), values_(2 * groups * channels) {}
+  PairSums(int64_t groups, int64_t channels) : groups_(groups), channels_(channels), values_(2 * groups * channels) {}
 
   double* first(int64_t group) { return values_.data() + 2 * group * channels_; }
   double* second(int64_t group) { return first(group) + channels_; }
@@ -105,8 +104,8 @@ class Operands {
     partition_.for_each_stretch(group, groups_, [&](const Range& stretch) {
       for_each_tile(stretch, kBlockRows, [&](const Range& block) {
         const int64_t rows = block.end - block.begin;
-        if (in_place_) return pass(rows_of(x_, x_at_, block), rows_of(grad_, grad_at_, block),
-                                   rows_of(out_, out_at_, block), rows);
+        if (in_place_)
+          return pass(rows_of(x_, x_at_, block), rows_of(grad_, grad_at_, block), rows_of(out_, out_at_, block), rows);
         T* copy[3];
         for (int i = 0; i < 3; ++i) copy[i] = copies.data() + i * kBlockRows * stride;
         load_tile(x_, x_at_, block, 0, channels(), copy[0], stride);
@@ -227,8 +226,11 @@ void normalise_backward(const View<const S>& x, const View<const S>& grad, const
   // An exponential costs more than writing d_z where the gradient of x goes, which pass 2 reads and writes anyway.
   constexpr bool kKeeps = std::is_same_v<Act, SiLU> && std::is_same_v<S, T>;
   const std::conditional_t<kKeeps, Identity, Act> left{};  // to go through in pass 2
-  const View<const S> kept{out.data,       out.shape,          out.batch_stride,
-                           out.channel_stride, {out.spatial_stride[0], out.spatial_stride[1], out.spatial_stride[2]}};
+  const View<const S> kept{out.data,
+                           out.shape,
+                           out.batch_stride,
+                           out.channel_stride,
+                           {out.spatial_stride[0], out.spatial_stride[1], out.spatial_stride[2]}};
   const Operands<S> operands(x, grad, out), again(x, kKeeps ? kept : grad, out);
   const int64_t channels = operands.channels(), positions = operands.positions(), samples = operands.samples();
   ConstantsTable<T> table(channels);

@@ -29,10 +29,10 @@ struct Geometry {
 
 BTINET_DECLARE_DEPTHWISE
 
-#define BTINET_INSTANTIATE_DEPTHWISE(S)                                                                           \
-  template void depthwise<S>(const View<const S>&, const Geometry&, const Compute<S>*, const Compute<S>*,         \
-                             const View<S>&, int);                                                                \
-  template void depthwise_backward<S>(const View<const S>&, const View<const S>&, const Geometry&,                \
-                                      const Compute<S>*, const View<S>&, Compute<S>*, int);
+#define BTINET_INSTANTIATE_DEPTHWISE(S)                                                                               \
+  template void depthwise<S>(const View<const S>&, const Geometry&, const Compute<S>*, const Compute<S>*,             \
+                             const View<S>&, int);                                                                    \
+  template void depthwise_backward<S>(const View<const S>&, const View<const S>&, const Geometry&, const Compute<S>*, \
+                                      const View<S>&, Compute<S>*, int);
 
 }  // namespace btinet

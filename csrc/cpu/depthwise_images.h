@@ -5,8 +5,12 @@
 namespace btinet {
 namespace BTINET_ISA {
 
-inline int64_t floor_of(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-inline int64_t ceil_of(int64_t a, int64_t b) { return -floor_of(-a, b); }
+inline int64_t floor_of(int64_t a, int64_t b) {
+  return a >= 0 ? a / b : -((b - 1 - a) / b);
+}
+inline int64_t ceil_of(int64_t a, int64_t b) {
+  return -floor_of(-a, b);
+}
 
 // One axis of a convolution: result n reads the input at n stride + tap dilation - padding.
 struct Axis {
@@ -30,8 +34,21 @@ struct Axis {
 };
 
 inline Axis axis_of(const Geometry& geometry, const Shape& in, const Shape& out, int i) {
-  return {in.size[i + 1],      out.size[i + 1],      geometry.kernel[i],
+  return {in.size[i + 1],     out.size[i + 1],     geometry.kernel[i],
           geometry.stride[i], geometry.padding[i], geometry.dilation[i]};
+}
+
+// Brings the channels [first, last) of the rows [begin, end) near, in the order in which they lie: taken a vector of
+// channels at a time, they lie too far apart to be foreseen. Loads, because prefetches of so many lines are given up.
+template <class S>
+inline void touch_rows(const View<const S>& view, const Offsets& offsets, int64_t sample, int64_t first, int64_t last,
+                       int64_t begin, int64_t end) {
+  constexpr int64_t line = 64 / sizeof(S);
+  if (view.channel_stride != 1) return;
+  const S* from = view.data + sample * view.batch_stride;
+  for (int64_t n = begin * view.shape.size[2]; n < end * view.shape.size[2]; ++n)
+    for (int64_t c = first; c < last; c += line)
+      static_cast<void>(*reinterpret_cast<const volatile char*>(from + offsets[n] + c));
 }
 
 // Some rows of an image and one vector of channels, with zeros before and after each row.
@@ -48,14 +65,21 @@ class ImageBand {
 
   // Reads the rows [begin, end).
   void read(int64_t sample, int64_t c, int64_t begin, int64_t end) {
-    begin_ = begin;
+    set_begin(begin);
     const int64_t columns = std::min(kLanes, view_.shape.channels - c);
-    if (pitch_ == width_) {
-      load_tile(view_, offsets_, Range{sample, begin * width_, end * width_}, c, columns, values_.data(), kLanes);
-      return;
-    }
+    const bool rows = view_.channel_stride == 1 && offsets_.even() && columns == kLanes;
+    const S* first = view_.data + sample * view_.batch_stride + c;
     for (int64_t y = begin; y < end; ++y)
-      load_tile(view_, offsets_, Range{sample, y * width_, (y + 1) * width_}, c, columns, at(y, 0), kLanes);
+      if (rows)
+        for (int64_t n = y * width_; n < (y + 1) * width_; ++n)
+          store(at(y, n - y * width_), load(first + n * offsets_.step()));
+      else
+        load_tile(view_, offsets_, Range{sample, y * width_, (y + 1) * width_}, c, columns, at(y, 0), kLanes);
+  }
+  // Where rows from `begin` on lie, before they are read.
+  void set_begin(int64_t begin) { begin_ = begin; }
+  void touch(int64_t sample, int64_t first, int64_t last, int64_t begin, int64_t end) const {
+    touch_rows(view_, offsets_, sample, first, last, begin, end);
   }
   T* at(int64_t y, int64_t x) { return values_.data() + ((y - begin_) * pitch_ + before_ + x) * kLanes; }
 
@@ -84,26 +108,34 @@ class TapVectors {
   Scratch<T> values_;
 };
 
-// Where the taps that meet at a run of positions read first, and which they are.
+// For each run of positions of a band, the taps that meet there: where they read first, and which they are.
 template <class T>
-struct MeetingTaps {
-  std::vector<const T*> from;
-  std::vector<int64_t> tap;
-
+class MeetingTaps {
+ public:
   void clear() {
-    from.clear();
-    tap.clear();
+    from_.clear();
+    tap_.clear();
+    ends_.assign(1, 0);
   }
   void add(const T* first, int64_t which) {
-    from.push_back(first);
-    tap.push_back(which);
+    from_.push_back(first);
+    tap_.push_back(which);
   }
+  void end_run() { ends_.push_back(tap_.size()); }
+
+  int64_t count(int64_t run) const { return ends_[run + 1] - ends_[run]; }
+  const T* const* from(int64_t run) const { return from_.data() + ends_[run]; }
+  const int64_t* tap(int64_t run) const { return tap_.data() + ends_[run]; }
+
+ private:
+  std::vector<const T*> from_;
+  std::vector<int64_t> tap_, ends_;
 };
 
 // The batch in bands of rows, and the bands in groups whose sums are kept apart; and the channels in blocks.
 struct RowBands {
   int64_t rows, of_image, count, groups, blocks;
-  static constexpr int64_t kBlock = 128;  // channels
+  static constexpr int64_t kBlock = 64;  // channels
 
   // `bytes_of_row`: what a band holds of each row; `bytes_of_sums`: what a group keeps.
   RowBands(int64_t batch, int64_t channels, int64_t all_rows, int64_t bytes_of_row, int64_t bytes_of_sums) {
@@ -135,7 +167,7 @@ struct RowBands {
   }
 
  private:
-  static constexpr int64_t kBytes = 192 << 10;  // of an outer cache
+  static constexpr int64_t kBytes = 128 << 10;  // of an outer cache
   static constexpr int64_t kFewestRows = 4;
   static constexpr int64_t kFewestGroups = 8, kMostGroups = 32;
   static constexpr int64_t kSumBytes = 4 << 20;
