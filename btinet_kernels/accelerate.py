@@ -63,6 +63,7 @@ class AccelerationReport:
 
 
 _registered: dict[str, Known] = dict(known_modules.KNOWN)
+_passed: set[tuple[Any, ...]] = set()  # what is known of modules like which all others are
 
 
 def accelerates(cls: type[nn.Module] | str, *, inputs: Inputs, by: str | None = None) -> Callable[[Recipe], Recipe]:
@@ -114,7 +115,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Parameters, buffers, names, hooks and flags stay the same objects; so do the module's class for ``isinstance`` and
     its place. Each replacement is first compared with the original in float32 (outputs, gradients, buffers; to 1e-4 of
-    the largest magnitude); one that differs leaves the module alone. Double backward and exporting plain operations
+    the largest magnitude), of layers that are built alike one; one that differs leaves the module alone. Double backward and exporting plain operations
     need ``use_backend("reference")`` or ``restore``; so does scripting.
 
     Raises:
@@ -182,13 +183,21 @@ def _treat(module: nn.Module) -> tuple[Outcome, str] | None:
     try:
         _require_replaceable(module)
         replacement = build(module, known.build)
-        check(module, known.build, known.inputs)
+        _check_once(module, known)
     except Refused as error:
         return "left", str(error)
     except Exception as error:  # of a recipe or of the module itself: whatever it is, the module stays
         return "left", f"the check failed with {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
     install(module, replacement)
     return "replaced", known.name
+
+
+def _check_once(module: nn.Module, known: Known) -> None:
+    tensors = (*module.parameters(), *module.buffers())
+    like = (known, repr(module), *((t.shape, t.dtype, t.device) for t in tensors))
+    if not known.alike or like not in _passed:
+        check(module, known.build, known.inputs)
+        _passed.add(like)
 
 
 def _require_replaceable(module: nn.Module) -> None:
@@ -220,4 +229,3 @@ def _require_plain(model: Any, name: str) -> None:
         raise TypeError(f"{name} takes a torch.nn.Module, got {type(model).__name__}.")
     if (frozen := _frozen(model)) is not None:
         raise TypeError(f"{name} takes a plain module, got a {frozen} one; call it before the model is {frozen}.")
-

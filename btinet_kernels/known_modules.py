@@ -34,8 +34,6 @@ _GATES: dict[str, Gate] = {
 }
 
 
-
-
 class Known(NamedTuple):
     """How modules of a class are accelerated."""
 
@@ -43,6 +41,7 @@ class Known(NamedTuple):
     inputs: Callable[[Any], Any]
     name: str  # of what computes instead
     where: Callable[[Any], bool] | None = None  # which modules of the class are meant; all
+    alike: bool = False  # what is written by ``repr`` decides what a module computes: one check is for all alike
 
 
 def full_name(cls: type) -> str:
@@ -112,7 +111,7 @@ def _timm_batch_norm(module: Any) -> Callable[[Tensor], Any] | str:
 
 def _batch_norm(module: Any, act: Act = "identity") -> Callable[[Tensor], Any]:
     def forward(x: Tensor) -> Any:
-        if x.ndim != 4 or not x.is_floating_point() or not batch_norm_is_served(x):
+        if x.ndim != 4 or not x.is_floating_point() or not batch_norm_is_served(x, act):
             return NotImplemented
         momentum = module.momentum
         if module.training and module.track_running_stats and module.num_batches_tracked is not None:
@@ -136,7 +135,7 @@ def _batch_norm(module: Any, act: Act = "identity") -> Callable[[Tensor], Any]:
 
 
 def _batch_norm_inputs(module: Any) -> tuple[Tensor]:
-    return (torch.randn(4, module.num_features, 5, 7) + torch.randn(4, module.num_features, 1, 1),)
+    return (torch.randn(3, module.num_features, 3, 5) + torch.randn(3, module.num_features, 1, 1),)
 
 
 def _is_depthwise(module: Any) -> bool:
@@ -159,16 +158,17 @@ def _depthwise(module: Any) -> Callable[[Tensor], Any] | str:
 
 
 def _depthwise_inputs(module: Any) -> tuple[Tensor]:
-    size = [2 * d * (k - 1) + s + 3 for k, s, d in zip(module.kernel_size, module.stride, module.dilation, strict=True)]
+    size = [d * (k - 1) + s + 2 for k, s, d in zip(module.kernel_size, module.stride, module.dilation, strict=True)]
     return (torch.randn(2, module.in_channels, *size),)
 
 
-_SQUEEZE_EXCITE = (_squeeze_excite_inputs, "fused_squeeze_excite")
+_SQUEEZE_EXCITE = (_squeeze_excite_inputs, "fused_squeeze_excite", None, True)
+_BATCH_NORM = (_batch_norm_inputs, "fused_batch_norm_act", None, True)
 KNOWN = {
     "timm.layers.squeeze_excite.SEModule": Known(_timm, *_SQUEEZE_EXCITE),
     "timm.models._efficientnet_blocks.SqueezeExcite": Known(_timm_efficientnet, *_SQUEEZE_EXCITE),
     "torchvision.ops.misc.SqueezeExcitation": Known(_torchvision, *_SQUEEZE_EXCITE),
-    "timm.layers.norm_act.BatchNormAct2d": Known(_timm_batch_norm, _batch_norm_inputs, "fused_batch_norm_act"),
-    "torch.nn.modules.batchnorm.BatchNorm2d": Known(_batch_norm, _batch_norm_inputs, "fused_batch_norm_act"),
-    "torch.nn.modules.conv.Conv2d": Known(_depthwise, _depthwise_inputs, "fused_depthwise_conv", _is_depthwise),
+    "timm.layers.norm_act.BatchNormAct2d": Known(_timm_batch_norm, *_BATCH_NORM),
+    "torch.nn.modules.batchnorm.BatchNorm2d": Known(_batch_norm, *_BATCH_NORM),
+    "torch.nn.modules.conv.Conv2d": Known(_depthwise, _depthwise_inputs, "fused_depthwise_conv", _is_depthwise, True),
 }

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from btinet_kernels.backends import choose, requested_backend
 from btinet_kernels.depthwise import native, reference
 from btinet_kernels.depthwise.reference import Geometry
-from btinet_kernels.interaction.passes_op import accumulation_dtype, in_format_of, no_double_backward
+from btinet_kernels.interaction.passes_op import accumulation_dtype, in_format_of, no_double_backward, unwatched
 
 # Where `auto` leaves 3×3 kernels without dilation to the library: maps of fewer positions, forward and backward, by
 # memory format. Measured on one thread.
@@ -85,12 +85,7 @@ def _backward_is_native(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
 
-@custom_op(
-    "btinet_kernels::depthwise",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
-)
-def depthwise(
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """The convolution."""
@@ -102,17 +97,20 @@ def depthwise(
     return out.contiguous(memory_format=geometry.format_of(x))
 
 
+depthwise = custom_op(
+    "btinet_kernels::depthwise",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+)
+
+
 @depthwise.register_fake
 def _(x, weight, bias, *geometry):  # type: ignore[no-untyped-def]
     return Geometry(*geometry).new_result(x, weight)
 
 
-@custom_op(
-    "btinet_kernels::depthwise_backward",
-    mutates_args=(),
-    schema=f"(Tensor d_out, Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor, Tensor)",
-)
-def depthwise_gradient(
+def _gradient(
     d_out: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight."""
@@ -124,6 +122,14 @@ def depthwise_gradient(
             d_out, x, weight.to(x.dtype), None, *geometry, False, [0, 0], x.shape[1], [True, True, False]
         )
     return in_format_of(x, d_x), d_weight.to(weight.dtype).contiguous()
+
+
+depthwise_gradient = custom_op(
+    "btinet_kernels::depthwise_backward",
+    _gradient,
+    mutates_args=(),
+    schema=f"(Tensor d_out, Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor, Tensor)",
+)
 
 
 @depthwise_gradient.register_fake
@@ -141,7 +147,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    d_x, d_weight = depthwise_gradient(d_out, *ctx.saved_tensors, *ctx.geometry)
+    gradient = _gradient if unwatched(d_out) else depthwise_gradient
+    d_x, d_weight = gradient(d_out, *ctx.saved_tensors, *ctx.geometry)
     d_bias = None
     if ctx.bias_dtype is not None:
         d_bias = d_out.sum((0, 2, 3), dtype=accumulation_dtype(d_out)).to(ctx.bias_dtype)
@@ -155,10 +162,11 @@ class _Depthwise(torch.autograd.Function):
     """``depthwise`` as autograd sees it outside a compiler."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return depthwise(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # with setup_context every call inspects the signature
+        out = (_forward if unwatched(inputs[0]) else depthwise)(*inputs)
+        _setup(ctx, inputs, out)
+        return out
 
-    setup_context = staticmethod(_setup)
     backward = staticmethod(_backward)
 
 
@@ -175,7 +183,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -
         raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}.")
     channels = x.shape[1]
     if weight.ndim != 4 or weight.shape[:2] != (channels, 1):
-        raise ValueError(f"weight must be [{channels}, 1, height, width] for x {list(x.shape)}, got {list(weight.shape)}.")
+        raise ValueError(
+            f"weight must be [{channels}, 1, height, width] for x {list(x.shape)}, got {list(weight.shape)}."
+        )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be [{channels}], got {list(bias.shape)}.")
     if min(*geometry.stride, *geometry.dilation) < 1 or min(geometry.padding) < 0:

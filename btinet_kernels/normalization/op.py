@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.library import custom_op
 
 from btinet_kernels.backends import choose, requested_backend
-from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, no_double_backward
+from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, no_double_backward, unwatched
 from btinet_kernels.normalization import native, reference
 from btinet_kernels.normalization.reference import ACTIVATIONS, Act
+
+SMALLEST = 1 << 17  # elements; below, `auto` leaves it to ATen, whose calls cost less
 
 
 def fused_batch_norm_act(
@@ -51,7 +53,7 @@ def fused_batch_norm_act(
     """
     vectors = (weight, bias, running_mean, running_var)
     _check(x, vectors, training, act)
-    if not batch_norm_is_served(x):
+    if not batch_norm_is_served(x, act):
         return reference.batch_norm_act(x, *vectors, training, momentum, eps, act)
     moments = (None, None) if training else (running_mean, running_var)
     inputs = (x, weight, bias, *moments, eps, act)
@@ -66,20 +68,18 @@ def fused_batch_norm_act(
     return out
 
 
-def batch_norm_is_served(x: Tensor) -> bool:
-    """Whether kernels take this tensor; what ``torch.compile`` makes of plain operations is left to it."""
+def batch_norm_is_served(x: Tensor, act: str) -> bool:
+    """Whether kernels take this call."""
     if choose("fused_batch_norm_act", x) == "reference" or x.numel() == 0:
         return False
-    return not (torch.compiler.is_compiling() and requested_backend() == "auto")
+    if requested_backend() != "auto":
+        return True
+    # A compiler fuses plain operations with their neighbours; ATen is as fast as memory on rows of channels alone.
+    by_aten = torch.compiler.is_compiling() or (act == "identity" and x.stride(1) == 1)
+    return not by_aten and x.numel() >= SMALLEST
 
 
-@custom_op(
-    "btinet_kernels::batch_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps, str act)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def batch_norm(
+def _forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -95,6 +95,15 @@ def batch_norm(
     return native.batch_norm(x, vectors[:2], None, eps, act)
 
 
+batch_norm = custom_op(
+    "btinet_kernels::batch_norm",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, float eps, str act)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
 @batch_norm.register_fake
 def _(x, weight, bias, mean, variance, eps, act):  # type: ignore[no-untyped-def]
     if mean is not None:
@@ -107,13 +116,7 @@ def _no_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(0, dtype=accumulation_dtype(x)), x.new_empty(0, dtype=accumulation_dtype(x))
 
 
-@custom_op(
-    "btinet_kernels::batch_norm_backward",
-    mutates_args=(),
-    schema="(Tensor d_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, bool training,"
-    " float eps, str act) -> (Tensor, Tensor, Tensor)",
-)
-def batch_norm_gradient(
+def _gradient(
     d_out: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -127,6 +130,15 @@ def batch_norm_gradient(
     """Gradients of x, of the weight and of the bias, the last two in the dtype that is computed in."""
     vectors = _vectors_of(x, weight, bias, mean, variance)
     return native.batch_norm_backward(x, d_out, vectors[:2], vectors[2:], training=training, eps=eps, act=act)
+
+
+batch_norm_gradient = custom_op(
+    "btinet_kernels::batch_norm_backward",
+    _gradient,
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, bool training,"
+    " float eps, str act) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @batch_norm_gradient.register_fake
@@ -151,10 +163,13 @@ def _backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if d_out is None:
         return None, None, None, *nothing
     x, weight, bias, mean, variance = ctx.saved_tensors
-    d_x, *gradients = batch_norm_gradient(
-        d_out, x, weight, bias, mean, variance, ctx.training, ctx.eps, ctx.act
+    gradient = _gradient if unwatched(d_out) else batch_norm_gradient
+    d_x, *gradients = gradient(d_out, x, weight, bias, mean, variance, ctx.training, ctx.eps, ctx.act)
+    return (
+        d_x,
+        *(None if v is None else d.to(v.dtype) for d, v in zip(gradients, (weight, bias), strict=True)),
+        *nothing,
     )
-    return d_x, *(None if v is None else d.to(v.dtype) for d, v in zip(gradients, (weight, bias), strict=True)), *nothing
 
 
 batch_norm.register_autograd(_backward, setup_context=_setup)
@@ -164,10 +179,11 @@ class _BatchNorm(torch.autograd.Function):
     """``batch_norm`` as autograd sees it outside a compiler."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return batch_norm(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # with setup_context every call inspects the signature
+        outputs = (_forward if unwatched(inputs[0]) else batch_norm)(*inputs)
+        _setup(ctx, inputs, outputs)
+        return outputs
 
-    setup_context = staticmethod(_setup)
     backward = staticmethod(_backward)
 
 
