@@ -115,8 +115,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Parameters, buffers, names, hooks and flags stay the same objects; so do the module's class for ``isinstance`` and
     its place. Each replacement is first compared with the original in float32 (outputs, gradients, buffers; to 1e-4 of
-    the largest magnitude), of layers that are built alike one; one that differs leaves the module alone. Double backward and exporting plain operations
-    need ``use_backend("reference")`` or ``restore``; so does scripting.
+    the largest magnitude), one for all layers that are built alike; one that differs leaves the module alone. Double
+    backward and exporting plain operations need ``use_backend("reference")`` or ``restore``; so does scripting.
 
     Raises:
         TypeError: ``model`` is not a module, or a compiled, scripted or traced one.

@@ -30,8 +30,7 @@ class Geometry(NamedTuple):
     @staticmethod
     def format_of(x: Tensor) -> torch.memory_format:
         """The memory format of the result."""
-        rows = x.stride(1) == 1 and x.shape[1] > 1
-        return torch.channels_last if rows else torch.contiguous_format
+        return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format
 
     def new_result(self, x: Tensor, weight: Tensor) -> Tensor:
         """An uninitialised result of the convolution of ``x`` with ``weight``."""

@@ -26,9 +26,10 @@ class LevelOptions(NamedTuple):
 
 
 def unwatched(x: Tensor) -> bool:
-    """Whether no dispatch mode or tensor subclass sees what is called: then an operator's own function may be called,
-    which saves a tenth of a millisecond over the dispatcher."""
-    return type(x) in (Tensor, nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+    """Whether neither autograd nor a dispatch mode nor a tensor subclass wants to know what is called: then an
+    operator's own function may be called, without the dispatcher, which takes longer than a small kernel."""
+    plain = type(x) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
+    return plain and torch._C._len_torch_dispatch_stack() == 0
 
 
 # Weights travel through a schema one by one, in the order of their NamedTuples: a list of them costs 0.1 ms a call.

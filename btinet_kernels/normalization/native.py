@@ -5,6 +5,7 @@ Strides are honoured: contiguous, channels_last and anything else with up to thr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,21 +16,21 @@ from btinet_kernels.interaction.passes_op import accumulation_dtype
 from btinet_kernels.interaction.pointers import sizes_and_strides
 from btinet_kernels.normalization.reference import ACTIVATIONS
 
-Pair = tuple[Tensor | None, Tensor | None]  # of one value per channel each, dense, in the dtype that is computed in
+Vectors = Sequence[Tensor | None]  # two, of one value per channel each, dense, in the dtype that is computed in
 
 
-def batch_norm(x: Tensor, weights: Pair, moments: Pair | None, eps: float, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and the mean and variance of each channel: those of x where ``moments`` are not given."""
-    out = torch.empty_like(x)
-    training = moments is None
+def batch_norm(x: Tensor, weights: Vectors, moments: Vectors | None, eps: float, act: str) -> list[Tensor]:
+    """The result; where ``moments`` are not given, also the mean and variance of each channel, found in x."""
+    out, found = torch.empty_like(x), []
     if moments is None:
-        moments = tuple(x.new_empty(x.shape[1], dtype=accumulation_dtype(x)) for _ in range(2))  # type: ignore
-    _call("batch_norm", x, _dense(x), *_options(weights, eps, act, training), _addresses(moments), _dense(out))
-    return out, *moments  # type: ignore[return-value]
+        found = [x.new_empty(x.shape[1], dtype=accumulation_dtype(x)) for _ in range(2)]
+    options = _options(weights, eps, act, moments is None)
+    _call("batch_norm", x, _dense(x), *options, _addresses(moments or found), _dense(out))
+    return [out, *found]
 
 
 def batch_norm_backward(
-    x: Tensor, d_out: Tensor, weights: Pair, moments: Pair, *, training: bool, eps: float, act: str
+    x: Tensor, d_out: Tensor, weights: Vectors, moments: Vectors, *, training: bool, eps: float, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the weight and of the bias; through the moments too where ``training``."""
     d_x = torch.empty_like(x)
@@ -41,11 +42,11 @@ def batch_norm_backward(
     return d_x, d_weight, d_bias
 
 
-def _options(weights: Pair, eps: float, act: str, training: bool) -> tuple[Any, ...]:
-    return _addresses(weights), eps, ACTIVATIONS.index(act), training  # type: ignore[arg-type]
+def _options(weights: Vectors, eps: float, act: str, training: bool) -> tuple[Any, ...]:
+    return _addresses(weights), eps, ACTIVATIONS.index(act), training
 
 
-def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
+def _addresses(tensors: Vectors) -> list[int]:
     assert all(t is None or t.is_contiguous() for t in tensors)
     return [0 if t is None else t.data_ptr() for t in tensors]
 

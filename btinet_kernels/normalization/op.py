@@ -92,7 +92,8 @@ def _forward(
     vectors = _vectors_of(x, weight, bias, mean, variance)
     if mean is not None:
         return native.batch_norm(x, vectors[:2], vectors[2:], eps, act)[0], *_no_moments(x)
-    return native.batch_norm(x, vectors[:2], None, eps, act)
+    out, mean, variance = native.batch_norm(x, vectors[:2], None, eps, act)
+    return out, mean, variance
 
 
 batch_norm = custom_op(

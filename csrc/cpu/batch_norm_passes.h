@@ -6,7 +6,7 @@ namespace btinet {
 namespace BTINET_ISA {
 
 constexpr int64_t kBlockRows = 16;        // each row of a block is a stream that the hardware fetches ahead of time
-constexpr int64_t kPlaneChunk = 2048;     // positions whose sum is not yet added up in double
+constexpr int64_t kPlaneChunk = 512;      // positions whose sum is not yet added up in double
 constexpr int64_t kFewestPositions = 48;  // that are worth sums of their own
 
 // Positions with their channels side by side.
@@ -126,8 +126,8 @@ class Operands {
     return {plane(view, block.sample, 0) + offsets[block.begin], offsets.step()};
   }
 
-  const View<const S>&x_, &grad_;
-  const View<S>& out_;
+  View<const S> x_, grad_;
+  View<S> out_;
   Partition partition_;
   Offsets x_at_, grad_at_, out_at_;
   bool planes_, in_place_;
@@ -146,7 +146,8 @@ template <class T>
 void set_moments(const Moments<T>& moments, int64_t c, T shift, std::pair<double, double> sums, double count) {
   const double mean = sums.first / count;
   moments.mean[c] = T(shift + mean);
-  moments.variance[c] = T(std::max(0.0, sums.second / count - mean * mean));
+  const double variance = sums.second / count - mean * mean;
+  moments.variance[c] = T(variance < 0 ? 0.0 : variance);  // a NaN stays one
 }
 
 template <class S, class Act>
