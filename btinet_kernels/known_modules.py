@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from btinet_kernels.depthwise.op import depthwise_is_served, fused_depthwise_conv
 from btinet_kernels.depthwise.reference import Geometry
-from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite
+from btinet_kernels.gates.squeeze_excite_op import fused_squeeze_excite, squeeze_excite_is_served
 from btinet_kernels.gates.squeeze_excite_reference import Activation, Gate, SqueezeExciteWeights
 from btinet_kernels.normalization.op import batch_norm_is_served, fused_batch_norm_act
 from btinet_kernels.normalization.reference import Act
@@ -95,6 +95,8 @@ def _squeeze_excite(module: Any, reduce: str, act: str, expand: str, gate: str) 
             return NotImplemented
         first, second = getattr(module, reduce), getattr(module, expand)
         weights = SqueezeExciteWeights(first.weight.flatten(1), first.bias, second.weight.flatten(1), second.bias)
+        if not squeeze_excite_is_served(x, weights):
+            return NotImplemented
         return fused_squeeze_excite(x, weights, act=activation, gate=gating)
 
     return forward
