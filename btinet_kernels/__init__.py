@@ -24,9 +24,9 @@ from btinet_kernels.losses.op import fused_segmentation_loss
 from btinet_kernels.losses.reference import SegmentationLossOptions
 from btinet_kernels.multi_scale.op import fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
+from btinet_kernels.normalization.op import fused_batch_norm_act
 from btinet_kernels.separable.op import fused_separable_conv
 from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
-from btinet_kernels.normalization.op import fused_batch_norm_act
 
 __version__ = "0.1.0"
 
