@@ -1,13 +1,15 @@
 """Fused operators for multi-task networks whose tasks interact.
 
 Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``, ``fused_separable_conv``,
-``fused_dual_path_attention``, ``fused_squeeze_excite``, ``fused_upsample_twice``, ``fused_joint_projection``,
-``fused_position_gate``, ``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In somebody else's model:
-``accelerate(model)``. Which backend serves what on this machine: ``backends()``.
+``fused_dual_path_attention``, ``fused_joint_projection``, ``fused_position_gate``, ``fused_upsample_twice``,
+``fused_squeeze_excite``, ``fused_batch_norm_act``, ``fused_depthwise_conv``, ``fused_segmentation_loss``. Modules:
+``btinet_kernels.nn``. In somebody else's model: ``accelerate(model)``. Which backend serves what on this machine:
+``backends()``.
 """
 
 from btinet_kernels.accelerate import AccelerationReport, ModuleReport, accelerate, accelerates, restore
 from btinet_kernels.backends import BackendError, backends, use_backend
+from btinet_kernels.depthwise.op import fused_depthwise_conv
 from btinet_kernels.gates.attention_op import fused_joint_projection, fused_position_gate
 from btinet_kernels.gates.attention_reference import JointWeights
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
@@ -25,6 +27,7 @@ from btinet_kernels.losses.op import fused_segmentation_loss
 from btinet_kernels.losses.reference import SegmentationLossOptions
 from btinet_kernels.multi_scale.op import fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
+from btinet_kernels.normalization.op import fused_batch_norm_act
 from btinet_kernels.separable.op import fused_separable_conv
 from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
 from btinet_kernels.upsampling.op import fused_upsample_twice
@@ -48,6 +51,8 @@ __all__ = [
     "accelerate",
     "accelerates",
     "backends",
+    "fused_batch_norm_act",
+    "fused_depthwise_conv",
     "fused_dual_path_attention",
     "fused_joint_projection",
     "fused_multi_scale",

@@ -4,14 +4,15 @@
     print(btinet_kernels.accelerate(model))   # in place; names, parameters, hooks and state_dict stay
     btinet_kernels.restore(model)
 
-Squeeze-and-excitation of timm and torchvision is known; ``accelerates`` registers other modules.
+Squeeze-and-excitation of timm and torchvision, batch normalisation of images and depthwise convolutions are known;
+``accelerates`` registers other modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,16 +20,9 @@ from torch import nn
 from btinet_kernels import known_modules
 from btinet_kernels.accelerated import Recipe, Refused, build, has_hooks, install, original_class, uninstall
 from btinet_kernels.acceleration_check import Inputs, check
+from btinet_kernels.known_modules import Known
 
 Outcome = Literal["replaced", "already", "left"]
-
-
-class Known(NamedTuple):
-    """How a class is accelerated."""
-
-    build: Recipe
-    inputs: Inputs
-    name: str  # of what computes instead
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,8 @@ class AccelerationReport:
         return "\n".join([*lines, f"{summary}; {self.unknown} modules of classes that nobody registered"])
 
 
-_registered: dict[str, Known] = {}
+_registered: dict[str, Known] = dict(known_modules.KNOWN)
+_passed: set[tuple[Any, ...]] = set()  # what is known of modules like which all others are
 
 
 def accelerates(cls: type[nn.Module] | str, *, inputs: Inputs, by: str | None = None) -> Callable[[Recipe], Recipe]:
@@ -120,8 +115,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Parameters, buffers, names, hooks and flags stay the same objects; so do the module's class for ``isinstance`` and
     its place. Each replacement is first compared with the original in float32 (outputs, gradients, buffers; to 1e-4 of
-    the largest magnitude); one that differs leaves the module alone. Double backward and exporting plain operations
-    need ``use_backend("reference")`` or ``restore``; so does scripting.
+    the largest magnitude), one for all layers that are built alike; one that differs leaves the module alone. Double
+    backward and exporting plain operations need ``use_backend("reference")`` or ``restore``; so does scripting.
 
     Raises:
         TypeError: ``model`` is not a module, or a compiled, scripted or traced one.
@@ -179,19 +174,30 @@ def _treat(module: nn.Module) -> tuple[Outcome, str] | None:
         return "already", "replaced" if known is None else f"replaced by {known.name}"
     if known is None:
         for base in cls.__mro__[1:]:
-            if known_modules.full_name(base) in _registered:
+            of_base = _registered.get(known_modules.full_name(base))
+            if of_base is not None and (of_base.where is None or of_base.where(module)):
                 return "left", f"it is a subclass of {base.__name__}, which may compute something else"
+        return None
+    if known.where is not None and not known.where(module):
         return None
     try:
         _require_replaceable(module)
         replacement = build(module, known.build)
-        check(module, known.build, known.inputs)
+        _check_once(module, known)
     except Refused as error:
         return "left", str(error)
     except Exception as error:  # of a recipe or of the module itself: whatever it is, the module stays
         return "left", f"the check failed with {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
     install(module, replacement)
     return "replaced", known.name
+
+
+def _check_once(module: nn.Module, known: Known) -> None:
+    tensors = (*module.parameters(), *module.buffers())
+    like = (known, repr(module), *((t.shape, t.dtype, t.device) for t in tensors))
+    if not known.alike or like not in _passed:
+        check(module, known.build, known.inputs)
+        _passed.add(like)
 
 
 def _require_replaceable(module: nn.Module) -> None:
@@ -223,7 +229,3 @@ def _require_plain(model: Any, name: str) -> None:
         raise TypeError(f"{name} takes a torch.nn.Module, got {type(model).__name__}.")
     if (frozen := _frozen(model)) is not None:
         raise TypeError(f"{name} takes a plain module, got a {frozen} one; call it before the model is {frozen}.")
-
-
-for _name, _recipe in known_modules.SQUEEZE_EXCITE.items():
-    accelerates(_name, inputs=known_modules.squeeze_excite_inputs, by="fused_squeeze_excite")(_recipe)

@@ -31,6 +31,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_upsample_twice": ("native",),
     "fused_joint_projection": ("native",),
     "fused_position_gate": ("native",),
+    "fused_batch_norm_act": ("native",),
+    "fused_depthwise_conv": ("native",),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 

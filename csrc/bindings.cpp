@@ -17,4 +17,6 @@ PYBIND11_MODULE(_cpu, module) {
   bind_gates(module);
   bind_segmentation_loss(module);
   bind_upsampling(module);
+  bind_batch_norm(module);
+  bind_depthwise(module);
 }

@@ -42,5 +42,7 @@ void bind_multi_scale(pybind11::module_& module);
 void bind_gates(pybind11::module_& module);
 void bind_segmentation_loss(pybind11::module_& module);
 void bind_upsampling(pybind11::module_& module);
+void bind_batch_norm(pybind11::module_& module);
+void bind_depthwise(pybind11::module_& module);
 
 }  // namespace btinet

@@ -15,6 +15,7 @@ from timm.models import EfficientNet
 from torch import Tensor, nn
 
 from btinet.errors import UserError
+from btinet_kernels import accelerate
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the names timm looks for on the hub
 
@@ -91,7 +92,7 @@ class PyramidEncoder(nn.Module):
 def create_encoder(
     backbone: str, in_chans: int, weights: str | os.PathLike[str] | None
 ) -> ExpansionEncoder | PyramidEncoder:
-    """Build ``ExpansionEncoder`` or ``PyramidEncoder`` for a timm model name.
+    """Build ``ExpansionEncoder`` or ``PyramidEncoder`` for a timm model name, its modules accelerated.
 
     Args:
         backbone: timm's name, e.g. ``efficientnet_b4``.
@@ -124,6 +125,7 @@ def create_encoder(
             f"model 'btinet_{backbone}': its feature maps have strides {encoder.reductions}, but each must be twice "
             "the one before; choose a hierarchical backbone such as a ResNet or ConvNeXt."
         )
+    accelerate(encoder)
     return encoder
 
 

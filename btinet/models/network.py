@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from btinet.errors import UserError
 from btinet.models.encoder import ExpansionEncoder, PyramidEncoder
 from btinet.models.fusion import fold_batchnorms
-from btinet_kernels import fused_upsample_twice
+from btinet_kernels import fused_upsample_twice, restore
 from btinet_kernels.interaction.reference import Pooling, Signals
 from btinet_kernels.nn import (
     NORM_EPSILON,
@@ -231,6 +231,7 @@ class BTINet(nn.Module):
         if self.batchnorms_left is not None:
             return self
         fused = copy.deepcopy(self).requires_grad_(False)
+        restore(fused)  # folding recognises layers by their classes
         weight = next(self.parameters())
         image = torch.rand(1, self.config.in_chans, size, size, device=weight.device, dtype=weight.dtype)
         fused.batchnorms_left = fold_batchnorms(fused, image)

@@ -52,12 +52,17 @@ def fused_squeeze_excite(
     Source: arXiv 1709.01507, equations (2)-(4).
     """
     _check(x, weights, act, gate)
-    if choose("fused_squeeze_excite", x) == "reference" or _reference_is_faster(x, weights):
+    if not squeeze_excite_is_served(x, weights):
         return _forward(reference_passes, x, weights, act, gate)[0]
     inputs = (x, *weights, act, gate)
     # What PyTorch generates for a custom operator goes through the schema twice for every argument.
     outputs = squeeze_excite(*inputs) if torch.compiler.is_compiling() else _SqueezeExcite.apply(*inputs)
     return outputs[0]
+
+
+def squeeze_excite_is_served(x: Tensor, weights: SqueezeExciteWeights) -> bool:
+    """Whether passes of this package take this call."""
+    return choose("fused_squeeze_excite", x) != "reference" and not _reference_is_faster(x, weights)
 
 
 def _reference_is_faster(x: Tensor, weights: SqueezeExciteWeights) -> bool:

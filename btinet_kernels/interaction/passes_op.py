@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import custom_op
 
 from btinet_kernels.backends import serving
@@ -23,6 +23,13 @@ class LevelOptions(NamedTuple):
     strength: float
     training: bool
     eps: float
+
+
+def unwatched(x: Tensor) -> bool:
+    """Whether neither autograd nor a dispatch mode nor a tensor subclass wants to know what is called: then an
+    operator's own function may be called, without the dispatcher, which takes longer than a small kernel."""
+    plain = type(x) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
+    return plain and torch._C._len_torch_dispatch_stack() == 0
 
 
 # Weights travel through a schema one by one, in the order of their NamedTuples: a list of them costs 0.1 ms a call.

@@ -1,5 +1,5 @@
-// Linear layers of a few samples and their gradients, and the sigmoid. Every thread of a team calls these functions;
-// they share the work and do not wait for one another. Compiled once per instruction set (BTINET_ISA).
+// Linear layers of a few samples and their gradients. Every thread of a team calls these functions; they share the work
+// and do not wait for one another. Compiled once per instruction set (BTINET_ISA).
 #pragma once
 
 namespace btinet {
@@ -91,32 +91,6 @@ void linear_weight_gradient(const T* out_gradient, const T* in, int64_t samples,
       bias_gradient[r] = sum;
     }
   }
-}
-
-// e^x: float by a polynomial around the nearest power of two (relative error 2e-7), double by the library.
-inline Vector<float> exponential(Vector<float> x) {
-  using bits = typename Lanes<float>::bits;
-  typedef int32_t integers __attribute__((vector_size(BTINET_VECTOR_BYTES)));
-  const Vector<float> bounded = x < -87.0f ? broadcast(-87.0f) : x > 88.0f ? broadcast(88.0f) : x;
-  const Vector<float> scaled = bounded * 1.44269504f;
-  const integers power =
-      __builtin_convertvector(scaled + (scaled < 0.0f ? broadcast(-0.5f) : broadcast(0.5f)), integers);
-  const Vector<float> whole = __builtin_convertvector(power, Vector<float>);
-  const Vector<float> rest = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
-  Vector<float> sum = broadcast(1.0f / 5040);
-  for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = sum * rest + factor;
-  const Vector<float> result = Vector<float>(bits(sum) + (bits(power) << 23));
-  return x == x ? result : x;
-}
-
-inline Vector<double> exponential(Vector<double> x) {
-  for (int64_t i = 0; i < Lanes<double>::count; ++i) x[i] = std::exp(x[i]);
-  return x;
-}
-
-template <class T>
-inline Vector<T> sigmoid(Vector<T> x) {
-  return T(1) / (T(1) + exponential(-x));
 }
 
 }  // namespace BTINET_ISA

@@ -151,6 +151,18 @@ inline T sum_of_lanes(Vector<T> value) {
   return value[0];
 }
 
+// 1 / value to an ulp or two, of floats whose reciprocal is a normal number.
+template <class T>
+inline Vector<T> reciprocal(Vector<T> value) {
+#if BTINET_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const Vector<T> guess = Vector<T>(_mm512_maskz_rcp14_ps(0xffff, __m512(value)));
+    return guess + guess * (T(1) - value * guess);
+  }
+#endif
+  return T(1) / value;
+}
+
 // The larger of each two lanes; b's where one is NaN.
 template <class T>
 inline Vector<T> larger(Vector<T> a, Vector<T> b) {
@@ -191,9 +203,15 @@ inline Vector<T> filled(Vector<T> value, Part part, T rest) {
 // Adds the first `count` lanes to sums kept in double.
 template <class T>
 inline void add_lanes(Vector<T> value, double* sums, int64_t count) {
-  T lanes[Lanes<T>::count];
+  typedef T Some __attribute__((vector_size(BTINET_VECTOR_BYTES / sizeof(double) * sizeof(T)), may_alias));
+  constexpr int64_t some = Lanes<double>::count;
+  alignas(BTINET_VECTOR_BYTES) T lanes[Lanes<T>::count];
   store(lanes, value);
-  for (int64_t i = 0; i < count; ++i) sums[i] += lanes[i];
+  int64_t i = 0;
+  for (; i + some <= count; i += some)
+    store(sums + i,
+          load(sums + i) + __builtin_convertvector(*reinterpret_cast<const Some*>(lanes + i), Vector<double>));
+  for (; i < count; ++i) sums[i] += lanes[i];
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 #include "../common/product.h"
 
 #include "../common/access.h"
+#include "../common/exponential.h"
 #include "../common/linear.h"
 #include "../common/panels.h"
 #include "../common/pieces.h"

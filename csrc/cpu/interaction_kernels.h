@@ -16,6 +16,7 @@
 
 #include "statistics_backward.h"
 
+#include "../common/exponential.h"
 #include "../common/linear.h"
 
 #include "level_forward.h"

@@ -5,7 +5,7 @@
 
 #include "../common/product.h"
 
-#include "../common/linear.h"
+#include "../common/exponential.h"
 
 #include "segmentation_loss_rows.h"
 

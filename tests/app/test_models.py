@@ -1,5 +1,6 @@
 """The network: size and strides of the official one, any backbone and image size, checkpoints."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from btinet import UserError, create_model, list_models
 from btinet.data import default_preprocessing
 from btinet.models import BTINet, load_checkpoint, save_checkpoint
 from btinet.models.network import UpsampleTwice
+from btinet_kernels import restore, use_backend
 
 # Variables per part of the official network as Keras counts them, BatchNorm statistics included (Keras 3.15,
 # EfficientNetB4, 224×224×3, 3 classes); the encoder without the 7 numbers of Keras's input normalisation.
@@ -279,3 +281,28 @@ def test_new_networks_repeat_with_the_seed() -> None:
         torch.manual_seed(3)
         states.append(create_model("btinet_mobilenetv3_small_050", 2).state_dict())
     assert all(torch.equal(a, b) for a, b in itertools.zip_longest(states[0].values(), states[1].values()))
+
+
+def test_the_encoder_is_accelerated_and_its_reference_is_timms() -> None:
+    torch.manual_seed(0)
+    encoder = create_model("btinet_efficientnet_b0", 3).encoder.double().train()
+    for part in encoder.modules():
+        if hasattr(part, "drop_prob"):
+            part.drop_prob = 0.0
+    plain = restore(copy.deepcopy(encoder))
+    assert type(plain.bn1) is timm.layers.BatchNormAct2d is not type(encoder.bn1)
+    assert list(plain.state_dict()) == list(encoder.state_dict())
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+    def results(model: nn.Module) -> list[torch.Tensor]:
+        maps = model(image)
+        gradients = torch.autograd.grad(sum(m.square().mean() for m in maps), list(model.parameters()))
+        return [*maps, *gradients, *(b.clone() for b in model.buffers())]
+
+    expected = results(plain)
+    accelerated = copy.deepcopy(encoder)
+    with use_backend("native"):
+        for a, b in zip(results(accelerated), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    with use_backend("reference"):
+        assert all(torch.equal(a, b) for a, b in zip(results(encoder), expected, strict=True))

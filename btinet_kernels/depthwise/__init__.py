@@ -1,0 +1,1 @@
+"""Depthwise convolution of images as one operator each way."""

@@ -1,0 +1,6 @@
+#include "../common/prelude.h"
+#include "depthwise.h"
+
+#include "../common/isa_portable.h"
+
+#include "depthwise_kernels.h"
