@@ -25,7 +25,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_task_interaction": ("native", "triton", "cuda"),
     "fused_multi_scale": ("native", "triton"),
     "fused_separable_conv": ("native",),
-    "fused_dual_path_attention": ("native",),
+    "fused_dual_path_attention": ("native", "triton"),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
     "fused_segmentation_loss": ("native",),
     "fused_upsample_twice": ("native",),

@@ -111,7 +111,7 @@ def _walk(x: Tensor, scales: int) -> tuple[int, dict[str, Any]]:
 
 def _sizes(dense: Tensor) -> tuple[int, int, tuple[int, ...], int]:
     """Height, width, strides and channels."""
-    return *dense.shape[2:], dense.stride(), dense.shape[1]  # type: ignore[return-value]
+    return *dense.shape[2:], dense.stride(), dense.shape[1]
 
 
 def _taps(kernels: Kernels) -> Tensor:

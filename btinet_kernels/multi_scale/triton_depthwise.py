@@ -6,6 +6,8 @@ reach stay in the L1 cache. The maps of the scales lie side by side, ``[B, N, 3,
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -40,7 +42,7 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``share · convolution(x)`` for one scale; and ``Σ_n d_maps · x`` at every tap, the taps' gradient over the share."""
+    """``share · convolution(x)`` for one scale; and, at every tap, ``Σ_n d_maps · x``: its gradient over the share."""
     blocks, count = tl.cdiv(channels, BLOCK_C), height * width
     scale = tl.program_id(0) % 3
     dilation = 1 << scale
@@ -53,7 +55,7 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
     of_scale = sample * count * 3 * channels + scale * channels + c[None, :]
     taps += scale * 9 * channels + c
     weight = tl.load(share + sample * 3 + scale)
-    gathered = (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),) * 9
+    gathered: Any = (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),) * 9
     for tile in range(tiles_per_part):
         n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         row, column = n // width, n % width
@@ -62,7 +64,7 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
         if GRADIENT:
             upstream = tl.load(d_maps + here, inside, 0.0).to(tl.float32)
         total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        collected = ()
+        collected: Any = ()
         for tap in tl.static_range(9):
             y, z = row + (tap // 3 - 1) * dilation, column + (tap % 3 - 1) * dilation
             valid = inside & within(y, z, height, width)[:, None]

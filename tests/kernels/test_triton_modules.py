@@ -11,7 +11,8 @@ from torch import Tensor
 
 from btinet_kernels import BackendError, use_backend
 from btinet_kernels.backends import choose
-from btinet_kernels.nn import MultiScaleContextFusion
+from btinet_kernels.gates.reference import DualPathSaved
+from btinet_kernels.nn import DualPathAttention, MultiScaleContextFusion
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SERVED = INTERPRETED or torch.cuda.is_available()
 if SERVED:
+    from btinet_kernels.gates import triton as gates
     from btinet_kernels.multi_scale import triton as multi_scale
 
 on_device = [
@@ -235,4 +237,118 @@ class TestMultiScale:
     def test_the_decoders_shapes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
         x, upstream = dense(shape, layout, dtype), dense(shape, layout, dtype)
         ours, exact = both(drawn(MultiScaleContextFusion(shape[1])), [x], upstream)
+        assert largest_error(ours, exact) < tolerance(dtype, x.numel())
+
+
+def with_ties(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of which many are equal, so that channels tie for the maximum."""
+    return dense(shape, layout, dtype).mul(2).round().div(2)
+
+
+def residual_of(module: DualPathAttention, x: Tensor) -> Tensor:
+    """A residual that leaves no sum where a rounding would decide what the ReLU lets through."""
+    residual = dense(tuple(x.shape), "rows", x.dtype)
+    with use_backend("reference"):
+        gated = module.double()(x.double())
+    return torch.where((gated + residual.double()).abs() < 2e-2, residual + 1, residual)
+
+
+class TestDualPath:
+    pytestmark = on_device
+
+    # Tiles hold 16 to 64 positions of 16 or 32 channels, which several programs share; in one to three dimensions.
+    SHAPES = ((2, 35, 9, 8), (1, 3, 70), (3, 6, 1, 1), (1, 5, 2, 3, 4))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("with_residual", [False, True])
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.usefixtures("poisoned")
+    def test_shapes(self, shape: tuple[int, ...], with_residual: bool, layout: str) -> None:
+        module, x = drawn(DualPathAttention(shape[1], len(shape) - 2)), with_ties(shape, layout)
+        inputs = [x, residual_of(module, x)] if with_residual else [x]
+        ours, exact = both(module, inputs, dense(shape, layout))
+        assert largest_error(ours, exact) < tolerance(torch.float32, x.numel())
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("with_residual", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype: torch.dtype, with_residual: bool, layout: str) -> None:
+        module, x = drawn(DualPathAttention(17)), with_ties((2, 17, 9, 4), layout, dtype)
+        inputs = [x, residual_of(module, x)] if with_residual else [x]
+        ours, exact = both(module, inputs, dense((2, 17, 9, 4), layout, dtype))
+        assert largest_error(ours, exact) < tolerance(dtype, x.numel())
+
+    @pytest.mark.parametrize("programs", [1, 10_000])
+    def test_any_split_of_the_channels(self, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gates, "ENOUGH_PROGRAMS", programs)
+        module, x = drawn(DualPathAttention(70)), with_ties((1, 70, 7, 3), "rows")
+        ours, exact = both(module, [x, residual_of(module, x)], dense((1, 70, 7, 3), "rows"))
+        assert largest_error(ours, exact) < tolerance(torch.float32, x.numel())
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda x: x[:, ::2],
+            lambda x: x[..., 1:-1],
+            lambda x: x.transpose(2, 3),
+            lambda x: x[:1].expand(3, -1, -1, -1),
+            lambda x: x.flip(0).transpose(1, 3),
+        ],
+    )
+    def test_strides_are_honoured(self, view) -> None:  # type: ignore[no-untyped-def]
+        x, upstream = view(with_ties((3, 6, 5, 6), "planes")), view(dense((3, 6, 5, 6), "rows"))
+        module = drawn(DualPathAttention(x.shape[1]))
+        ours, exact = both(module, [x, residual_of(module, x)], upstream)
+        assert largest_error(ours, exact) < tolerance(torch.float32, x.numel())
+
+    def test_upstream_gradients_may_be_expanded(self) -> None:
+        x, upstream = dense((2, 5, 6, 7), "rows"), torch.randn(2, 5, 1, 1).to(DEVICE).expand(2, 5, 6, 7)
+        ours, exact = both(drawn(DualPathAttention(5)), [x], upstream)
+        assert largest_error(ours, exact) < tolerance(torch.float32, x.numel())
+
+    @pytest.mark.parametrize("with_residual", [False, True])
+    def test_empty_batch(self, with_residual: bool) -> None:
+        x = dense((0, 5, 6, 7), "rows")
+        ours, exact = both(drawn(DualPathAttention(5)), [x, x] if with_residual else [x], x)
+        assert largest_error(ours, exact) == 0
+
+    @pytest.mark.parametrize("with_residual", [False, True])
+    def test_nan_reaches_what_it_reaches_in_pytorch(self, with_residual: bool) -> None:
+        module, inputs = drawn(DualPathAttention(20)).float(), [dense((2, 20, 9, 8), "rows")]
+        if with_residual:
+            inputs.append(dense((2, 20, 9, 8), "rows"))
+            inputs[1][1, 2, 3, 4] = torch.nan
+        inputs[0][0, 3, 5, 6] = torch.nan
+        ours, exact = (run(module, inputs, torch.ones_like(inputs[0]), backend) for backend in ("triton", "reference"))
+        assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(ours, exact, strict=True))
+
+    def test_repeats_are_bit_identical(self) -> None:
+        module, x = drawn(DualPathAttention(17)).float(), dense((2, 17, 9, 4), "rows")
+        first, second = (run(module, [x, x], x, "triton") for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    @pytest.mark.parametrize("which", DualPathSaved._fields)
+    def test_a_wrong_coefficient_is_noticed(self, which: str) -> None:
+        module, x, upstream = (
+            drawn(DualPathAttention(17)).float(),
+            with_ties((2, 17, 9, 4), "rows"),
+            dense((2, 17, 9, 4), "rows"),
+        )
+        weights = type(module.weights())(*(w.detach() for w in module.weights()))
+        out, saved = gates.dual_path(x, x, weights)
+        d_x, d_residual, d_weights = gates.dual_path_backward(upstream, x, out, saved, weights)
+        wrong = gates.dual_path_backward(
+            upstream, x, out, saved._replace(**{which: getattr(saved, which) * 1.01}), weights
+        )
+        ours, right = [wrong[0], wrong[1], *wrong[2]], [t.double() for t in (d_x, d_residual, *d_weights)]
+        with pytest.raises(AssertionError):
+            assert largest_error(ours, right) < tolerance(torch.float32, x.numel())
+
+    @on_hardware
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [(8, 144, 112, 112), (8, 48, 112, 112), (8, 336, 28, 28), (4, 1792, 7, 7)])
+    def test_the_decoders_shapes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+        module, x = drawn(DualPathAttention(shape[1])), dense(shape, layout, dtype)
+        ours, exact = both(module, [x, residual_of(module, x)], dense(shape, layout, dtype))
         assert largest_error(ours, exact) < tolerance(dtype, x.numel())
