@@ -189,7 +189,7 @@ def _spatial_gradients(
             num_warps=4,
         )
     of_lines = partial.sum(0)
-    d_weight = of_lines[..., :7].transpose(0, 1).reshape(weights.spatial_weight.shape)
+    d_weight = of_lines[..., :7].transpose(0, 1).contiguous().view(weights.spatial_weight.shape)
     return d_maps, [d_weight, of_lines[0, 0, 7:].clone()]
 
 

@@ -18,8 +18,8 @@ from btinet_kernels.interaction.triton_tiles import MOST_REGISTERS, channel_bloc
 from btinet_kernels.multi_scale.native import Kernels
 from btinet_kernels.multi_scale.triton_depthwise import input_gradient, maps_of_scale
 
-# Elements of a tile: eight for each thread of four warps, which leaves registers for the sums of nine taps.
-TILE = 1024
+# Elements of a tile: eight for each thread of four warps, or four where each has sums of nine taps in registers.
+TILE, TILE_WITH_SUMS = 1024, 512
 # Eight for each multiprocessor of an H200. Beyond that, longer walks read fewer rows twice.
 ENOUGH_PROGRAMS = 1056
 
@@ -47,7 +47,7 @@ def multi_scale_backward(x: Tensor, grad: Tensor, between: Tensor, kernels: Kern
     d_pointwise = (d_t.t() @ maps.flatten(0, 1)).unflatten(1, (3, -1))
     d_x, taps = torch.empty_like(x), _taps(kernels)
     if x.numel():
-        programs, walk = _walk(x, scales=1)
+        programs, walk = _walk(x, TILE, scales=1)
         launch(input_gradient, programs, d_maps, taps, kernels.share, d_x, *_sizes(d_x), **walk)
     of_taps = torch.einsum("bs,bskc->skc", kernels.share, d_taps)
     # Copies: outputs of an operator share no memory.
@@ -71,7 +71,7 @@ def _maps(x: Tensor, kernels: Kernels, d_maps: Tensor | None) -> tuple[Tensor, T
     maps = x.new_empty(batch, x.shape[2:].numel(), 3 * channels)
     if not x.numel():
         return maps, kernels.share.new_zeros(batch, 3, 9, channels)
-    programs, walk = _walk(x, scales=3)
+    programs, walk = _walk(x, TILE if d_maps is None else TILE_WITH_SUMS, scales=3)
     gathered = maps
     if d_maps is not None:
         gathered = kernels.share.new_empty(batch, walk["parts"], 3, 9, channels)
@@ -91,11 +91,11 @@ def _maps(x: Tensor, kernels: Kernels, d_maps: Tensor | None) -> tuple[Tensor, T
     return maps, gathered.sum(1)
 
 
-def _walk(x: Tensor, scales: int) -> tuple[int, dict[str, Any]]:
+def _walk(x: Tensor, tile: int, scales: int) -> tuple[int, dict[str, Any]]:
     """How many programs there are, and how each walks."""
     batch, channels = x.shape[:2]
-    block_c = channel_block(channels)
-    block_n = TILE // block_c
+    block_c = channel_block(channels) if x.stride(1) == 1 else 16  # planes are read in long runs of positions
+    block_n = tile // block_c
     tiles, lanes = triton.cdiv(x.shape[2:].numel(), block_n), batch * scales * triton.cdiv(channels, block_c)
     tiles_per_part = min(tiles, max(1, lanes * tiles // ENOUGH_PROGRAMS))
     parts = triton.cdiv(tiles, tiles_per_part)

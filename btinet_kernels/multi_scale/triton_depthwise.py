@@ -6,8 +6,6 @@ reach stay in the L1 cache. The maps of the scales lie side by side, ``[B, N, 3,
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -55,7 +53,7 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
     of_scale = sample * count * 3 * channels + scale * channels + c[None, :]
     taps += scale * 9 * channels + c
     weight = tl.load(share + sample * 3 + scale)
-    gathered: Any = (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),) * 9
+    gathered = (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),) * 9
     for tile in range(tiles_per_part):
         n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         row, column = n // width, n % width
@@ -64,16 +62,16 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
         if GRADIENT:
             upstream = tl.load(d_maps + here, inside, 0.0).to(tl.float32)
         total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        collected: Any = ()
+        collected = ()
         for tap in tl.static_range(9):
             y, z = row + (tap // 3 - 1) * dilation, column + (tap % 3 - 1) * dilation
             valid = inside & within(y, z, height, width)[:, None]
             value = tl.load(x + address(y, z, strides)[:, None], valid, 0.0).to(tl.float32)
             total += value * tl.load(taps + tap * channels, c < channels, 0.0)[None, :]
             if GRADIENT:
-                collected += (gathered[tap] + upstream * value,)
+                collected += (gathered[tap] + upstream * value,)  # type: ignore[assignment]
         if GRADIENT:
-            gathered = collected
+            gathered = collected  # type: ignore[assignment]
         tl.store(maps + here, (weight * total).to(maps.dtype.element_ty), inside)
     if GRADIENT:
         d_taps += (row_of_part * 3 + scale) * 9 * channels + c

@@ -8,10 +8,13 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from btinet_kernels import BackendError, use_backend
 from btinet_kernels.backends import choose
-from btinet_kernels.gates.reference import DualPathSaved
+from btinet_kernels.gates.dual_path_op import dual_path, dual_path_gradient
+from btinet_kernels.gates.reference import DualPathSaved, DualPathWeights
+from btinet_kernels.multi_scale import op as multi_scale_op
 from btinet_kernels.nn import DualPathAttention, MultiScaleContextFusion
 
 pytest.importorskip("triton")
@@ -113,6 +116,9 @@ def tolerance(dtype: torch.dtype, terms: int) -> float:
     return computed if dtype == torch.float32 else computed + 4 * torch.finfo(dtype).eps
 
 
+PROMISES = ("test_schema", "test_faketensor")
+
+
 class TestMultiScale:
     pytestmark = on_device
 
@@ -128,6 +134,7 @@ class TestMultiScale:
         ours, exact = both(drawn(MultiScaleContextFusion(shape[1])), [x], upstream)
         assert largest_error(ours, exact) < tolerance(torch.float32, max(3 * shape[1], x.numel()))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 48, 3, 3)])
@@ -136,6 +143,7 @@ class TestMultiScale:
         ours, exact = both(drawn(MultiScaleContextFusion(shape[1])), [x], upstream)
         assert largest_error(ours, exact) < tolerance(dtype, x.numel())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "view",
         [
@@ -194,10 +202,21 @@ class TestMultiScale:
             with torch.autocast(DEVICE, torch.bfloat16):
                 assert torch.equal(fusion(x), plain)
 
+    @pytest.mark.slow
     def test_repeats_are_bit_identical(self) -> None:
         x, upstream, fusion = dense((2, 5, 9, 8), "rows"), dense((2, 5, 9, 8), "rows"), MultiScaleContextFusion(5)
         first, second = (run(fusion.to(DEVICE), [x], upstream, "triton") for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("shape", [(2, 3, 2, 3), (1, 5, 1, 2)])  # that merges its weights, this does not
+    def test_opcheck(self, shape: tuple[int, ...], layout: str) -> None:
+        x, fusion = dense(shape, layout, torch.bfloat16), drawn(MultiScaleContextFusion(shape[1])).float()
+        weights = [w.detach() for w in fusion.weights()]
+        with use_backend("triton"):
+            opcheck(multi_scale_op.multi_scale, (x, *weights), test_utils=PROMISES)
+            _, *saved = multi_scale_op.multi_scale(x, *weights)
+            opcheck(multi_scale_op.multi_scale_gradient, (x, x, *saved, *weights), test_utils=PROMISES)
 
     def test_other_dimensions_are_left_to_the_reference(self) -> None:
         x, fusion = torch.randn(2, 4, 3, 4, 5, device=DEVICE), MultiScaleContextFusion(4, spatial_dims=3).to(DEVICE)
@@ -327,14 +346,22 @@ class TestDualPath:
         first, second = (run(module, [x, x], x, "triton") for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("with_residual", [False, True])
+    def test_opcheck(self, with_residual: bool, layout: str) -> None:
+        x, module = dense((2, 5, 4, 3), layout, torch.bfloat16), drawn(DualPathAttention(5)).float()
+        residual, weights = x + 1 if with_residual else None, [w.detach() for w in module.weights()]
+        with use_backend("triton"):
+            opcheck(dual_path, (x, residual, *weights), test_utils=PROMISES)
+            out, *saved = dual_path(x, residual, *weights)
+            arguments = (x, x, out if with_residual else None, *saved, *weights)
+            opcheck(dual_path_gradient, arguments, test_utils=PROMISES)
+
     @pytest.mark.parametrize("which", DualPathSaved._fields)
     def test_a_wrong_coefficient_is_noticed(self, which: str) -> None:
-        module, x, upstream = (
-            drawn(DualPathAttention(17)).float(),
-            with_ties((2, 17, 9, 4), "rows"),
-            dense((2, 17, 9, 4), "rows"),
-        )
-        weights = type(module.weights())(*(w.detach() for w in module.weights()))
+        module, shape = drawn(DualPathAttention(17)).float(), (2, 17, 9, 4)
+        x, upstream = with_ties(shape, "rows"), dense(shape, "rows")
+        weights = DualPathWeights(*(w.detach() for w in module.weights()))
         out, saved = gates.dual_path(x, x, weights)
         d_x, d_residual, d_weights = gates.dual_path_backward(upstream, x, out, saved, weights)
         wrong = gates.dual_path_backward(
