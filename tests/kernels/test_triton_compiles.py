@@ -86,7 +86,7 @@ def scales_of(x, vector):
 def gates_of(x, vector):
     channels, hidden = x.shape[1], max(8, x.shape[1] // 16)
     path = vector(hidden, channels), vector(hidden), vector(channels, hidden), vector(channels)
-    weights = DualPathWeights(*path, vector(1, 2, 7, 7), vector(1))
+    weights = DualPathWeights(*path, vector(1, 2, *[7] * (x.ndim - 2)), vector(1))
     for residual in (None, x):
         out, saved = gates.dual_path(x, residual, weights)
         gates.dual_path_backward(x, x, None if residual is None else out, saved, weights)
@@ -122,7 +122,8 @@ for case in cases:
         continue
     if pool == "modules":
         scales_of(seg, vector)
-        gates_of(seg, vector)
+        for x in (seg, seg[..., 0], seg[..., None]) if int(channels) == 1 else (seg,):
+            gates_of(x, vector)
         continue
     context = None
     if pool != "none":

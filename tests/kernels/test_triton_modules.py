@@ -33,7 +33,13 @@ on_device = [
 ]
 # Interpreting the decoder's sizes would take hours.
 on_hardware = pytest.mark.skipif(INTERPRETED, reason="too large to be interpreted")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DECODER = [
+    ((8, 144, 112, 112), torch.bfloat16, "rows"),
+    ((8, 48, 112, 112), torch.float32, "planes"),
+    ((8, 96, 56, 56), torch.float32, "rows"),
+    ((8, 336, 28, 28), torch.float16, "planes"),
+    ((4, 1792, 7, 7), torch.bfloat16, "rows"),
+]
 LAYOUTS = ["rows", "planes"]
 
 
@@ -250,9 +256,7 @@ class TestMultiScale:
             assert largest_error([ours], [exact.double()]) > tolerance(torch.float32, x.numel())
 
     @on_hardware
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("shape", [(8, 144, 112, 112), (8, 48, 112, 112), (8, 336, 28, 28), (4, 1792, 7, 7)])
+    @pytest.mark.parametrize(("shape", "dtype", "layout"), DECODER)
     def test_the_decoders_shapes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
         x, upstream = dense(shape, layout, dtype), dense(shape, layout, dtype)
         ours, exact = both(drawn(MultiScaleContextFusion(shape[1])), [x], upstream)
@@ -372,9 +376,7 @@ class TestDualPath:
             assert largest_error(ours, right) < tolerance(torch.float32, x.numel())
 
     @on_hardware
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("shape", [(8, 144, 112, 112), (8, 48, 112, 112), (8, 336, 28, 28), (4, 1792, 7, 7)])
+    @pytest.mark.parametrize(("shape", "dtype", "layout"), DECODER)
     def test_the_decoders_shapes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
         module, x = drawn(DualPathAttention(shape[1])), dense(shape, layout, dtype)
         ours, exact = both(module, [x, residual_of(module, x)], dense(shape, layout, dtype))
