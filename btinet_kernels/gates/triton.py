@@ -116,14 +116,14 @@ def dual_path_backward(
 def _summaries(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over the positions ``[B, C]``; maximum and mean over the channels ``[B, 2, N]``."""
     (batch, channels), count, layout = x.shape[:2], x.shape[2:].numel(), layout_of(x)
-    tiles, groups, walk = _reduction(x)
+    walk = _reduction(x)
+    tiles, groups = walk["tiles"], walk["groups"]
     vector = x.new_empty(0, dtype=torch.float32).new_empty
     sums, maps = vector(batch, tiles, channels), vector(batch, groups, 2, count)
     if x.numel():
-        programs = batch * tiles * groups
         launch(
             summaries_of_tiles,
-            programs,
+            batch * tiles * groups,
             x,
             sums,
             maps,
@@ -131,8 +131,6 @@ def _summaries(x: Tensor) -> tuple[Tensor, Tensor]:
             layout.strides,
             count,
             channels,
-            tiles,
-            groups,
             EVEN=layout.even,
             **walk,
         )
@@ -198,11 +196,12 @@ def _gate_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the gates, ``[B, C]`` and ``[B, N]``; how many channels hold a position's maximum. d_residual is filled."""
     (batch, channels), count = x.shape[:2], x.shape[2:].numel()
-    tiles, groups, walk = _reduction(x)
+    walk = _reduction(x)
+    tiles, groups = walk["tiles"], walk["groups"]
     d_channel, d_spatial = saved.mean.new_empty(batch, tiles, channels), saved.mean.new_empty(batch, groups, 2, count)
     if x.numel():
         result, passed = (x, x) if out is None or d_residual is None else (out, d_residual)
-        layouts = [layout_of(t) for t in (d_out, x, result, passed)]
+        of_d_out, of_x, of_out, of_residual = (layout_of(t) for t in (d_out, x, result, passed))
         launch(
             gate_gradients_of_tiles,
             batch * tiles * groups,
@@ -215,15 +214,17 @@ def _gate_gradients(
             passed,
             d_channel,
             d_spatial,
-            layouts[0].size,
-            *(layout.strides for layout in layouts),
+            of_x.size,
+            of_d_out.strides,
+            of_x.strides,
+            of_out.strides,
+            of_residual.strides,
             count,
             channels,
-            tiles,
-            groups,
-            **dict(
-                zip(("D_OUT_EVEN", "X_EVEN", "OUT_EVEN", "D_RESIDUAL_EVEN"), (a.even for a in layouts), strict=True)
-            ),
+            D_OUT_EVEN=of_d_out.even,
+            X_EVEN=of_x.even,
+            OUT_EVEN=of_out.even,
+            D_RESIDUAL_EVEN=of_residual.even,
             RESIDUAL=out is not None,
             **walk,
         )
@@ -231,25 +232,22 @@ def _gate_gradients(
     return d_channel.sum(1), of_positions[:, 0].contiguous(), of_positions[:, 1].contiguous()
 
 
-def _reduction(x: Tensor) -> tuple[int, int, dict[str, int]]:
+def _reduction(x: Tensor) -> dict[str, int]:
     """Tiles of positions, groups of channels, and how a program walks through its group."""
     batch, channels = x.shape[:2]
     count, block_c = x.shape[2:].numel(), channel_block(channels)
     block_n = position_block(batch, count, most=64)
     tiles, blocks = triton.cdiv(count, block_n), triton.cdiv(channels, block_c)
     blocks_per_group = max(1, min(blocks, blocks * batch * tiles // ENOUGH_PROGRAMS))
-    groups = triton.cdiv(blocks, blocks_per_group)
-    return (
-        tiles,
-        groups,
-        {
-            "blocks_per_group": blocks_per_group,
-            "BLOCK_N": block_n,
-            "BLOCK_C": block_c,
-            "num_warps": 4,
-            "maxnreg": MOST_REGISTERS,
-        },
-    )
+    return {
+        "tiles": tiles,
+        "groups": triton.cdiv(blocks, blocks_per_group),
+        "blocks_per_group": blocks_per_group,
+        "BLOCK_N": block_n,
+        "BLOCK_C": block_c,
+        "num_warps": 4,
+        "maxnreg": MOST_REGISTERS,
+    }
 
 
 def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:

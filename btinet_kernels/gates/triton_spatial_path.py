@@ -1,7 +1,7 @@
 """Triton kernels of the spatial gate: a convolution of width 7 of the two maps, and its gradients.
 
 A line is the seven taps that differ along the last axis only: 1, 7 or 49 of them. The maps, ``[B, 2, N]``, are small
-and stay in the L2 cache; sums are exact in float32 whatever the library's convolutions may round.
+and stay in the L2 cache. Unlike the library's convolutions these never round to tf32.
 """
 
 from __future__ import annotations

@@ -72,9 +72,8 @@ def _maps(x: Tensor, kernels: Kernels, d_maps: Tensor | None) -> tuple[Tensor, T
     if not x.numel():
         return maps, kernels.share.new_zeros(batch, 3, 9, channels)
     programs, walk = _walk(x, TILE if d_maps is None else TILE_WITH_SUMS, scales=3)
-    gathered = maps
-    if d_maps is not None:
-        gathered = kernels.share.new_empty(batch, walk["parts"], 3, 9, channels)
+    parts = 0 if d_maps is None else walk["parts"]
+    gathered = kernels.share.new_empty(batch, parts, 3, 9, channels)
     launch(
         maps_of_scale,
         programs,
@@ -88,7 +87,7 @@ def _maps(x: Tensor, kernels: Kernels, d_maps: Tensor | None) -> tuple[Tensor, T
         GRADIENT=d_maps is not None,
         **walk,
     )
-    return maps, gathered.sum(1)
+    return maps, gathered if d_maps is None else gathered.sum(1)
 
 
 def _walk(x: Tensor, tile: int, scales: int) -> tuple[int, dict[str, Any]]:
