@@ -53,6 +53,9 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
     of_scale = sample * count * 3 * channels + scale * channels + c[None, :]
     taps += scale * 9 * channels + c
     weight = tl.load(share + sample * 3 + scale)
+    kernel = ()  # in registers for the whole walk
+    for tap in tl.static_range(9):
+        kernel += (tl.load(taps + tap * channels, c < channels, 0.0)[None, :],)  # type: ignore[assignment]
     gathered = (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),) * 9
     for tile in range(tiles_per_part):
         n = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,7 +70,7 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
             y, z = row + (tap // 3 - 1) * dilation, column + (tap % 3 - 1) * dilation
             valid = inside & within(y, z, height, width)[:, None]
             value = tl.load(x + address(y, z, strides)[:, None], valid, 0.0).to(tl.float32)
-            total += value * tl.load(taps + tap * channels, c < channels, 0.0)[None, :]
+            total += value * kernel[tap]
             if GRADIENT:
                 collected += (gathered[tap] + upstream * value,)  # type: ignore[assignment]
         if GRADIENT:
