@@ -53,6 +53,7 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
     of_scale = sample * count * 3 * channels + scale * channels + c[None, :]
     taps += scale * 9 * channels + c
     weight = tl.load(share + sample * 3 + scale)
+    step_down, step_right = dilation.to(tl.int64) * strides[2], dilation.to(tl.int64) * strides[3]
     kernel = ()  # in registers for the whole walk
     for tap in tl.static_range(9):
         kernel += (tl.load(taps + tap * channels, c < channels, 0.0)[None, :],)  # type: ignore[assignment]
@@ -62,6 +63,7 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
         row, column = n // width, n % width
         inside = (n < count)[:, None] & in_c
         here = of_scale + (n.to(tl.int64) * 3 * channels)[:, None]
+        centre = x + address(row, column, strides)[:, None]
         if GRADIENT:
             upstream = tl.load(d_maps + here, inside, 0.0).to(tl.float32)
         total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -69,7 +71,8 @@ def maps_of_scale(  # type: ignore[no-untyped-def]
         for tap in tl.static_range(9):
             y, z = row + (tap // 3 - 1) * dilation, column + (tap % 3 - 1) * dilation
             valid = inside & within(y, z, height, width)[:, None]
-            value = tl.load(x + address(y, z, strides)[:, None], valid, 0.0).to(tl.float32)
+            further = (tap // 3 - 1) * step_down + (tap % 3 - 1) * step_right
+            value = tl.load(centre + further, valid, 0.0).to(tl.float32)
             total += value * kernel[tap]
             if GRADIENT:
                 collected += (gathered[tap] + upstream * value,)  # type: ignore[assignment]
