@@ -23,9 +23,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_tim": ("native", "triton", "cuda"),
     "fused_upa": ("native", "triton", "cuda"),
     "fused_task_interaction": ("native", "triton", "cuda"),
-    "fused_multi_scale": ("native",),
+    "fused_multi_scale": ("native", "triton"),
     "fused_separable_conv": ("native",),
-    "fused_dual_path_attention": ("native",),
+    "fused_dual_path_attention": ("native", "triton"),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
     "fused_segmentation_loss": ("native",),
     "fused_upsample_twice": ("native",),
@@ -60,6 +60,8 @@ _SERVES = {
     "triton": ("cpu" if _triton_interprets else "cuda", (torch.float32, torch.float16, torch.bfloat16)),
     "cuda": ("cuda", (torch.float32, torch.float16, torch.bfloat16)),
 }
+# Operators whose Triton kernels know two spatial dimensions only.
+_PLANAR_IN_TRITON = ("fused_multi_scale",)
 # What `auto` takes, by device: the fastest in benchmarks/results. The reference takes the rest.
 _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 
@@ -198,6 +200,8 @@ def unsuitable(backend: str, *dense: Tensor, operator: str = "fused_task_interac
             return f"it serves {names} only (got {_name(tensor.dtype)}); convert the tensor or use the reference."
         if 0 in tensor.shape[1:]:
             return f"it needs at least one channel and one position (got shape {tuple(tensor.shape)})."
+        if backend == "triton" and operator in _PLANAR_IN_TRITON and tensor.ndim != 4:
+            return f"it serves [B, C, height, width] only (got shape {tuple(tensor.shape)}); use the reference."
     return None
 
 

@@ -84,7 +84,7 @@ def _as_taken(passes: Any, dense: Tensor) -> Tensor:
 
 
 def _passes_for(*dense: Tensor) -> Any:
-    """The module whose passes take these tensors: ``native`` or ``reference``."""
+    """The module whose passes take these tensors: ``native``, ``triton`` or ``reference``."""
     return import_module(f"btinet_kernels.gates.{serving(*dense, operator=OPERATOR)[0]}")
 
 

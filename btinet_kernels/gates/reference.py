@@ -43,8 +43,7 @@ def dual_path(x: Tensor, residual: Tensor | None, weights: DualPathWeights) -> t
     """``x · channel gate · spatial gate``, or ``ReLU(that + residual)``; and what led to it."""
     convolution = _CONVOLUTIONS[x.ndim - 2]
     mean = x.flatten(2).mean(2)
-    hidden = F.relu(F.linear(mean, weights.hidden_weight, weights.hidden_bias))
-    channel_gate = torch.sigmoid(F.linear(hidden, weights.gate_weight, weights.gate_bias))
+    hidden, channel_gate = channel_path(mean, weights)
     maps = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)
     padding = KERNEL_WIDTH // 2
     spatial_gate = torch.sigmoid(convolution(maps, weights.spatial_weight, weights.spatial_bias, padding=padding))
@@ -52,6 +51,12 @@ def dual_path(x: Tensor, residual: Tensor | None, weights: DualPathWeights) -> t
     if residual is not None:
         out = F.relu(out + residual)
     return out, DualPathSaved(mean, hidden, channel_gate, maps.flatten(2), spatial_gate.flatten(1))
+
+
+def channel_path(mean: Tensor, weights: DualPathWeights) -> tuple[Tensor, Tensor]:
+    """Hidden units ``[B, h]`` and the gate ``[B, C]``."""
+    hidden = F.relu(F.linear(mean, weights.hidden_weight, weights.hidden_bias))
+    return hidden, torch.sigmoid(F.linear(hidden, weights.gate_weight, weights.gate_bias))
 
 
 def dual_path_backward(
@@ -64,10 +69,7 @@ def dual_path_backward(
     d_attention = d_out if out is None else d_out.masked_fill(out <= 0, 0)
     product = d_attention * x
 
-    d_gate = (product * spatial_gate).flatten(2).sum(2) * saved.channel_gate * (1 - saved.channel_gate)
-    d_hidden = (d_gate @ weights.gate_weight) * (saved.hidden > 0)
-    d_mean = _over_space(d_hidden @ weights.hidden_weight, x) / positions.numel()
-
+    d_mean, d_channel = channel_path_backward((product * spatial_gate).flatten(2).sum(2), saved, weights)
     d_spatial = (product * channel_gate).sum(1, keepdim=True) * spatial_gate * (1 - spatial_gate)
     d_maps, *d_convolution = torch.ops.aten.convolution_backward(
         d_spatial,
@@ -85,9 +87,19 @@ def dual_path_backward(
     largest = x == maps[:, :1]
     d_top = d_maps[:, :1] / largest.sum(1, keepdim=True)  # shared evenly, as torch.amax does
 
-    d_x = d_attention * channel_gate * spatial_gate + d_mean + d_maps[:, 1:] / x.shape[1] + largest * d_top
-    d_weights = [d_hidden.t() @ saved.mean, d_hidden.sum(0), d_gate.t() @ saved.hidden, d_gate.sum(0), *d_convolution]
-    return d_x, None if out is None else d_attention, d_weights
+    shift = _over_space(d_mean, x) / positions.numel() + d_maps[:, 1:] / x.shape[1]
+    d_x = d_attention * channel_gate * spatial_gate + shift + largest * d_top
+    return d_x, None if out is None else d_attention, [*d_channel, *d_convolution]
+
+
+def channel_path_backward(
+    d_gate: Tensor, saved: DualPathSaved, weights: DualPathWeights
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the mean and of the path's weights, from that of the gate."""
+    d_gate = d_gate * saved.channel_gate * (1 - saved.channel_gate)
+    d_hidden = (d_gate @ weights.gate_weight) * (saved.hidden > 0)
+    d_weights = [d_hidden.t() @ saved.mean, d_hidden.sum(0), d_gate.t() @ saved.hidden, d_gate.sum(0)]
+    return d_hidden @ weights.hidden_weight, d_weights
 
 
 def _over_space(vector: Tensor, dense: Tensor) -> Tensor:

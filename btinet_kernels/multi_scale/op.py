@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from btinet_kernels.backends import choose
-from btinet_kernels.interaction import native as interaction_passes
+from btinet_kernels.backends import choose, serving
 from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, no_double_backward, schema_of
 from btinet_kernels.interaction.reference import over_space
-from btinet_kernels.multi_scale import native, reference
+from btinet_kernels.multi_scale import reference
 from btinet_kernels.multi_scale.native import Kernels
 from btinet_kernels.multi_scale.reference import DILATIONS, ScaleWeights, shares
 
+OPERATOR = "fused_multi_scale"
 _WEIGHTS = schema_of(ScaleWeights).replace("?", "")
 _SCALES = len(DILATIONS)
 
@@ -79,7 +80,7 @@ def fused_multi_scale(x: Tensor, weights: ScaleWeights, cache: MergeCache | None
     Source: arXiv 2603.01295, equations (9), (10).
     """
     _check(x, weights)
-    if choose("fused_multi_scale", x) == "reference":
+    if choose(OPERATOR, x) == "reference":
         return reference.multi_scale(x, weights)
     if torch.compiler.is_compiling():
         return multi_scale(x, *weights)[0]
@@ -120,12 +121,12 @@ def multi_scale(x: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
     """The fused tensor; for the backward: mean of x ``[B, C]``, shares ``[B, 3]``, and either the merged weight
     ``[C, 3, C]`` or the sum of the scales, of the shape of x."""
     weights = _weights_of(x, packed)
-    mean = interaction_passes.statistics(x, None, variance=False, edges=False).mean
+    mean = _mean(x)
     with torch.autocast(x.device.type, enabled=False):
         share = shares(mean, weights)
         merged = _merge(weights) if merges(x) else share.new_empty(0)
         kernels = _kernels(weights, share, merged)
-    out, between = native.multi_scale(x, kernels, keep_between=True)
+        out, between = _passes_for(x).multi_scale(x, kernels, keep_between=True)
     return out, mean, share, merged, between
 
 
@@ -150,10 +151,10 @@ def _(x, *packed):  # type: ignore[no-untyped-def]
 def multi_scale_merged(x: Tensor, merged: Tensor, *packed: Tensor) -> Tensor:
     """The fused tensor from a merged weight ``[C, 3, C]``, without a gradient."""
     weights = _weights_of(x, packed)
-    mean = interaction_passes.statistics(x, None, variance=False, edges=False).mean
+    mean = _mean(x)
     with torch.autocast(x.device.type, enabled=False):
         kernels = _kernels(weights, shares(mean, weights), merged)
-    return native.multi_scale(x, kernels)[0]
+        return _passes_for(x).multi_scale(x, kernels)[0]
 
 
 @multi_scale_merged.register_fake
@@ -174,7 +175,7 @@ def multi_scale_gradient(
     """Gradients of x and of every weight."""
     weights = _weights_of(x, packed)
     with torch.autocast(x.device.type, enabled=False):
-        d_x, d = native.multi_scale_backward(x, d_out, between, _kernels(weights, share, merged))
+        d_x, d = _passes_for(x).multi_scale_backward(x, d_out, between, _kernels(weights, share, merged))
         d_mean, gradients = _vectors_backward(mean, share, weights, d)
     d_x += over_space(d_mean / max(1, math.prod(x.shape[2:])), x)
     return [d_x, *(g.reshape(w.shape).to(w.dtype) for g, w in zip(gradients, packed, strict=True))]
@@ -245,6 +246,25 @@ class _MultiScale(torch.autograd.Function):
 
     setup_context = staticmethod(_setup)
     backward = staticmethod(_backward)
+
+
+def _backend_of(x: Tensor) -> str:
+    """``native`` or ``triton``; also in the backward of what kernels served before the reference was asked for."""
+    backend = serving(x, operator=OPERATOR)[0]
+    if backend == "reference":
+        return "native" if x.device.type == "cpu" else "triton"
+    return backend
+
+
+def _passes_for(x: Tensor) -> Any:
+    """The module whose kernels take x."""
+    return import_module(f"btinet_kernels.multi_scale.{_backend_of(x)}")
+
+
+def _mean(x: Tensor) -> Tensor:
+    """``[B, C]``, over the positions, by the interaction's pass."""
+    passes = import_module(f"btinet_kernels.interaction.{_backend_of(x)}")
+    return passes.statistics(x, None, variance=False, edges=False).mean
 
 
 def _weights_of(x: Tensor, packed: Sequence[Tensor]) -> ScaleWeights:

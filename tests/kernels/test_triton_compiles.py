@@ -1,6 +1,6 @@
 """Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, spills nothing and fits the shared memory.
 
-The launches are those of the passes at the decoder's shapes, on tensors without data; only the last step is left out.
+The launches are those of the operators at the decoder's shapes, on tensors without data, but for the last step.
 """
 
 import re
@@ -25,13 +25,22 @@ KERNELS = {
     "columns_of_context",
     "columns_of_inputs",
     "combine_sums",
+    "convolution_gradient_of_parts",
     "gate_gradient",
+    "gate_gradients_of_tiles",
+    "gate_tiles",
+    "input_gradient",
+    "input_gradient_of_tiles",
+    "maps_gradient_of_tiles",
+    "maps_of_scale",
     "products_of_level",
     "results_of_samples",
     "softmax_context_gradient",
+    "spatial_gate_of_tiles",
     "statistics_gradient",
     "statistics_of_samples",
     "statistics_of_tiles",
+    "summaries_of_tiles",
 }
 WORKER = """
 import sys
@@ -60,9 +69,27 @@ def compile_only(self, *arguments, grid, warmup, **options):
         print(self.__name__, case, kernel.metadata.num_warps, kernel.metadata.shared, path)
 
 JITFunction.run = compile_only
+from btinet_kernels.gates import triton as gates
+from btinet_kernels.gates.reference import DualPathWeights
 from btinet_kernels.interaction import triton as passes
 from btinet_kernels.interaction.passes_op import LevelOptions
 from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
+from btinet_kernels.multi_scale import triton as multi_scale
+
+def scales_of(x, vector):
+    batch, channels = x.shape[:2]
+    taps, matrices = [vector(channels, 1, 3, 3) for _ in range(3)], [vector(channels, channels) for _ in range(3)]
+    kernels = multi_scale.Kernels(taps, matrices, vector(batch, 3), vector(batch, channels), None, None)
+    multi_scale.multi_scale(x, kernels)
+    multi_scale.multi_scale_backward(x, x, x, kernels)
+
+def gates_of(x, vector):
+    channels, hidden = x.shape[1], max(8, x.shape[1] // 16)
+    path = vector(hidden, channels), vector(hidden), vector(channels, hidden), vector(channels)
+    weights = DualPathWeights(*path, vector(1, 2, *[7] * (x.ndim - 2)), vector(1))
+    for residual in (None, x):
+        out, saved = gates.dual_path(x, residual, weights)
+        gates.dual_path_backward(x, x, None if residual is None else out, saved, weights)
 
 def level_of(batch, channels, features, hidden, projection, gate_hidden, vector):
     weights = InteractionWeights(
@@ -92,6 +119,11 @@ for case in cases:
     if pool == "vectors":  # between the passes: those of BTI-Net's levels, or all of size one
         more = (256, hidden, 64, 32) if int(channels) > 1 else (1, 1, 1, 1)
         level_of(int(batch), int(channels), *more, vector)
+        continue
+    if pool == "modules":
+        scales_of(seg, vector)
+        for x in (seg, seg[..., 0], seg[..., None]) if int(channels) == 1 else (seg,):
+            gates_of(x, vector)
         continue
     context = None
     if pool != "none":
@@ -148,6 +180,8 @@ def test_a_few_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
         (384, 14, 8, "float32", "channels_last", "vectors"),
         (48, 112, 128, "float32", "channels_last", "vectors"),
         (1, 1, 1, "float32", "channels_last", "vectors"),
+        (96, 56, 8, "bfloat16", "contiguous_format", "modules"),
+        (1, 1, 1, "float32", "channels_last", "modules"),
     ]
     check(capability, cases, tmp_path)
 
@@ -162,6 +196,8 @@ def test_all_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
     ]
     # The few above have the widest and the narrowest level's vectors; a level takes minutes.
     cases += [(*shape, "float32", "channels_last", "vectors") for shape in ((192, 28, 8), (96, 56, 128))]
+    modules = [(48, 112, 8), (144, 112, 64), (336, 28, 8), (1792, 7, 8)]
+    cases += [(*shape, *rest, "modules") for shape in modules for rest in product(dtypes, layouts)]
     check(capability, [*cases, (192, 28, 8, "float16", "channels_last", "gap")], tmp_path)
 
 
