@@ -1,6 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # pools of threads that share cores wait for each other; read by torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import btinet_kernels
 from btinet_kernels.backends import native_module
