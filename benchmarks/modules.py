@@ -35,7 +35,7 @@ SEPARABLE = (
     (1344, 384, 14),
     (1792, 1792, 7),
 )
-TOLERANCE = 2e-4  # of a result's largest magnitude: float32 sums over 100 000 positions, a few of them in a row
+TOLERANCE = 1e-4  # of a result's norm: float32 sums over 100 000 positions, a few of them in a row
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class ModuleProblem:
         exact = self._exact()
         for name in self.variants:
             for what, (result, expected) in enumerate(zip(self.run(name, BOTH), exact, strict=True)):
-                error = float((result.double() - expected).abs().max() / expected.abs().max())
+                # By the norm: where a ReLU's input is zero but for rounding, single gradients are there or not.
+                error = float((result.double() - expected).norm() / expected.norm())
                 if not error <= TOLERANCE:  # also for NaN
                     raise GateError(f"{self.case.name}: {name} is off by {error:.1e} in result {what}")
         return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self.variants}  # type: ignore[misc]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_modules import network_report
+from report_modules import network_report, network_summary
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- interaction benchmarks -->", "<!-- end of interaction benchmarks -->"
@@ -188,9 +188,10 @@ def replaced(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block}{END}{rest.split(END)[1]}"
 
 
-def updated_readme(readme: Path, results: Sequence[Result]) -> str:
-    """What the README should be."""
-    return replaced(readme.read_text(), readme_block(results, "pytest benchmarks/ --benchmark-only --save-results"))
+def updated_readme(readme: Path, results: Sequence[Result], summary: str = "") -> str:
+    """What the README should be; ``summary``: of the network and its modules."""
+    block = readme_block(results, "pytest benchmarks/ --benchmark-only --save-results")
+    return replaced(readme.read_text(), block + summary)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=CHECKOUT / "docs")
     options = parser.parse_args(arguments)
     results = load(options.results)
-    options.readme.write_text(updated_readme(options.readme, results))
+    options.readme.write_text(updated_readme(options.readme, results, network_summary(options.results)))
     if results:
         from report_figure import draw
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,7 @@ def network_report(results: Path) -> str:
         "(network). *eager* and *compile* are plain PyTorch modules and `torch.compile` of them, *ours compiled* is\n"
         "`torch.compile` of ours. Module forwards are without recording; those of *ours* keep merged weights.\n",
     ]
-    for folder in sorted(results.iterdir()):
-        files = [folder / f"{name}.json" for name in ("network", "modules")]
-        measured = [json.loads(file.read_text()) for file in files if file.exists()]
-        if not measured:
-            continue
+    for measured in _measured(results):
         machine = measured[0]["machine"]
         parts.append(f"## {machine['cpu']}, {machine['cores']} cores\n")
         parts.append(f"torch {machine['torch']}, {machine['allocator']}, {machine['date']}.\n")
@@ -37,6 +33,27 @@ def network_report(results: Path) -> str:
             parts.append(_losses(cases))
         parts += [_peaks(m["cases"]) for m in measured]
     return "\n".join(part for part in parts if part)
+
+
+def network_summary(results: Path) -> str:
+    """What the README shows: the whole network, and every operator over all its shapes."""
+    parts = []
+    for measured in _measured(results):
+        machine, cases = measured[0]["machine"], [case for m in measured for case in m["cases"]]
+        where = f"{machine['cpu']}, {machine['cores']} threads, torch {machine['torch']}, {machine['date']}"
+        parts.append(f"\n**{where}**\n")
+        parts.append(_table(case for case in cases if "operator" not in case))
+        parts.append(_peaks(cases))
+        parts.append(_sums(cases))
+    return "\n".join(part for part in parts if part)
+
+
+def _measured(results: Path) -> Iterator[list[dict[str, Any]]]:
+    """What there is of each machine, the network first."""
+    for folder in sorted(results.iterdir()) if results.exists() else ():
+        files = [folder / f"{name}.json" for name in ("network", "modules")]
+        if measured := [json.loads(file.read_text()) for file in files if file.exists()]:
+            yield measured
 
 
 def _table(cases: Iterable[Case]) -> str:

@@ -214,14 +214,15 @@ class BTINet(nn.Module):
                 module.eval()
         return self
 
-    def fuse(self, size: int = 64) -> BTINet:
+    def fuse(self, size: int | tuple[int, int] = 64) -> BTINet:
         """A copy for inference whose BatchNorms are folded into convolutions and linear layers, where that is exact.
 
         Its outputs are the same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot
         be trained or saved as a checkpoint.
 
         Args:
-            size: of the random image that shows how the network is connected; for encoders that take one size only.
+            size: height and width of the random image that shows how the network is connected; for encoders that take
+                one size only.
 
         Raises:
             UserError: the network is in training mode.
@@ -233,7 +234,8 @@ class BTINet(nn.Module):
         fused = copy.deepcopy(self).requires_grad_(False)
         restore(fused)  # folding recognises layers by their classes
         weight = next(self.parameters())
-        image = torch.rand(1, self.config.in_chans, size, size, device=weight.device, dtype=weight.dtype)
+        height, width = (size, size) if isinstance(size, int) else size
+        image = torch.rand(1, self.config.in_chans, height, width, device=weight.device, dtype=weight.dtype)
         fused.batchnorms_left = fold_batchnorms(fused, image)
         return fused
 

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from btinet.data.preprocessing import resize_image
 from btinet.errors import UserError
 from btinet.models.checkpoint import Checkpoint
+from btinet.models.network import BTINet
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Predictor:
     upsampled bilinearly to the image's own size before the sigmoid and the threshold.
 
     Args:
-        checkpoint: a loaded checkpoint; its model is moved to the device.
+        checkpoint: a loaded checkpoint; its model is moved to the device, and a copy with its BatchNorms folded
+            computes the predictions.
         device: "auto" (the GPU where torch finds one, else the CPU) or a torch device such as "cpu" or
             "cuda:1".
         threshold: lesion probability above which a pixel is lesion, strictly between 0 and 1.
@@ -59,7 +61,8 @@ class Predictor:
         self.preprocessing = checkpoint.preprocessing
         self.threshold = threshold
         self.device = usable_device(device)
-        self.model = checkpoint.model.to(self.device).eval()
+        model = checkpoint.model.to(self.device).eval()
+        self.model = model.fuse(self.preprocessing.image_size) if isinstance(model, BTINet) else model
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from btinet_kernels.backends import choose
+from btinet_kernels.backends import choose, requested_backend
 from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, in_format_of, no_double_backward
 from btinet_kernels.separable import native, reference
 from btinet_kernels.separable.native import out_like
 from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
 
 OPERATOR = "fused_separable_conv"
+MOST_WEIGHTS = 128  # of the 1×1 convolution for each position, where `auto` takes the kernels
 _WEIGHTS = "Tensor depthwise, Tensor pointwise, Tensor? bias"
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
 _OPTIONS = "int dilation, bool relu, float eps"
@@ -55,9 +56,8 @@ def fused_separable_conv(
         ``[B, O, *spatial]`` in the dtype and memory format of ``x``.
     """
     _check(x, weights, norm, dilation)
-    backend = choose(OPERATOR, x)
     alone = training and x.shape[0] * x.shape[2:].numel() <= 1  # PyTorch says what is wrong with one value a channel
-    if backend == "reference" or x.shape[0] == 0 or alone:
+    if not _is_served(x, weights) or x.shape[0] == 0 or alone:
         out = reference.separable(x, weights, dilation, relu)
         return out if norm is None else reference.normalise(out, norm, training, momentum, eps)
     if norm is not None and training:
@@ -71,6 +71,14 @@ def fused_separable_conv(
         out = _differentiable(x, *weights, None, None, dilation, relu, eps)[0]
         return out if norm is None else reference.normalise(out, norm, False, momentum, eps)
     return separable_inference(x, *weights, *(norm or [None] * 4), dilation, relu, eps)
+
+
+def _is_served(x: Tensor, weights: SeparableWeights) -> bool:
+    """Whether kernels take this call; `auto` leaves large products of few positions to the library, which is faster."""
+    if choose(OPERATOR, x) == "reference":
+        return False
+    positions = x.shape[0] * x.shape[2:].numel()
+    return requested_backend() != "auto" or weights.pointwise.numel() <= MOST_WEIGHTS * positions
 
 
 def _check(x: Tensor, weights: SeparableWeights, norm: BatchNormWeights | None, dilation: int) -> None:

@@ -102,9 +102,9 @@ def test_one_command_writes_everything(result: dict, tmp_path: Path) -> None:
 
 
 def test_readme_and_docs_are_what_the_committed_results_say() -> None:
-    results = report.load(report.CHECKOUT / "benchmarks" / "results")
-    readme = report.CHECKOUT / "README.md"
-    assert readme.read_text() == report.updated_readme(readme, results), "run `python benchmarks/report.py`"
+    folder, readme = report.CHECKOUT / "benchmarks" / "results", report.CHECKOUT / "README.md"
+    results, summary = report.load(folder), report_modules.network_summary(folder)
+    assert readme.read_text() == report.updated_readme(readme, results, summary), "run `python benchmarks/report.py`"
     if results:
         every_case = report.CHECKOUT / "docs" / "interaction_benchmarks.md"
         assert every_case.read_text() == report.full_report(results), "run `python benchmarks/report.py`"

@@ -318,3 +318,16 @@ def test_the_module_counts_batches_and_keeps_running_statistics() -> None:
     with torch.no_grad():
         torch.testing.assert_close(conv(x, relu=True, norm=norm), twin(torch.relu(conv(x))))
     assert int(norm.num_batches_tracked) == 2
+
+
+def test_auto_leaves_large_products_of_few_positions_to_the_library() -> None:
+    def conv(positions: int) -> Tensor:
+        weights = SeparableWeights(torch.randn(64, 1, 3), torch.randn(64, 64, 1), torch.randn(64))
+        return fused_separable_conv(torch.randn(1, 64, positions), weights)
+
+    with torch.profiler.profile() as few:
+        conv(31)
+    with torch.profiler.profile() as many:
+        conv(32)
+    names = [{event.key for event in each.key_averages()} for each in (few, many)]
+    assert ["btinet_kernels::separable_inference" in found for found in names] == [False, True]
