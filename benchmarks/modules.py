@@ -35,6 +35,7 @@ SEPARABLE = (
     (1344, 384, 14),
     (1792, 1792, 7),
 )
+AT_KINKS = 5e-4  # a gradient is there or not where a ReLU's input is zero but for rounding, in plain PyTorch as well
 TOLERANCE = 1e-4  # of a result's norm: float32 sums over 100 000 positions, a few of them in a row
 
 
@@ -48,6 +49,7 @@ class ModuleCase:
     make: Callable[[int], nn.Module]
     batch: int = 8
     outputs: int | None = None  # channels, where they are not those of the input
+    tolerance: float = TOLERANCE
 
     @property
     def name(self) -> str:
@@ -94,7 +96,8 @@ def module_cases() -> list[ModuleCase]:
     fusions = [ModuleCase("multi-scale fusion", c, s, MultiScaleContextFusion) for c, s in ENCODER + DECODER]
     attention = [ModuleCase("dual-path attention", c, s, GatedResidual) for c, s in ENCODER]
     convolutions = [
-        ModuleCase("separable convolution", c, s, partial(NormedConv, outputs=o), outputs=o) for c, o, s in SEPARABLE
+        ModuleCase("separable convolution", c, s, partial(NormedConv, outputs=o), outputs=o, tolerance=AT_KINKS)
+        for c, o, s in SEPARABLE
     ]
     return [*fusions, *convolutions, *attention, ModuleCase("segmentation loss", 1, 224, SegmentationLoss)]
 
@@ -125,9 +128,8 @@ class ModuleProblem:
         exact = self._exact()
         for name in self.variants:
             for what, (result, expected) in enumerate(zip(self.run(name, BOTH), exact, strict=True)):
-                # By the norm: where a ReLU's input is zero but for rounding, single gradients are there or not.
                 error = float((result.double() - expected).norm() / expected.norm())
-                if not error <= TOLERANCE:  # also for NaN
+                if not error <= self.case.tolerance:  # also for NaN
                     raise GateError(f"{self.case.name}: {name} is off by {error:.1e} in result {what}")
         return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self.variants}  # type: ignore[misc]
 
