@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from btinet.allocator import keep_pages
 
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from variants import GateError
 
 from btinet.models import create_model
-from btinet.models.network import BTINet
 from btinet.training.losses import LossOptions, classification_loss, segmentation_loss
 from btinet_kernels import use_backend
 
@@ -85,8 +84,6 @@ class NetworkProblem:
 
     def _step_of(self, name: str, network: nn.Module) -> Callable[[], Tensor]:
         backend = "auto" if name.startswith("ours") else "reference"
-        if backend == "auto" and self.case.mode == INFERENCE:
-            network = cast(BTINet, network).fuse(SIZE)
         call: Any = torch.compile(network, dynamic=False) if name.endswith(("compile", "compiled")) else network
         if self.case.mode == INFERENCE:
 
