@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,7 +215,7 @@ def test_repeats_and_threads_are_bit_identical(layout: str) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
-def test_every_instruction_set() -> None:
+def test_every_instruction_set(tmp_path: Path) -> None:
     program = (
         "import torch, btinet_kernels as k\n"
         "torch.manual_seed(0)\n"
@@ -230,9 +231,9 @@ def test_every_instruction_set() -> None:
     printed = []
     for instruction_set in ("avx512", "avx2", "portable"):
         environment = {**os.environ, "BTINET_INSTRUCTION_SET": instruction_set}
-        output = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        command = [sys.executable, "-c", program]  # elsewhere: the checkout lacks the compiled part
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        output = done.stdout
         printed.append(torch.tensor([float(number) for number in output.split()]))
     for other in printed[1:]:
         torch.testing.assert_close(other, printed[0], rtol=1e-5, atol=0)
