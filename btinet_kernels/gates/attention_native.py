@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from btinet_kernels.backends import native_module
 from btinet_kernels.interaction.passes_op import accumulation_dtype, new_in_format_of
-from btinet_kernels.interaction.pointers import Rows, sizes_and_strides
+from btinet_kernels.interaction.pointers import Rows
+from btinet_kernels.native_calls import call, dense
 
 # Weights are in the dtype that is computed in; the joint projection takes the sum of its two biases.
 
@@ -19,7 +17,7 @@ def joint_projection(x: Tensor, g: Tensor, x_weight: Tensor, g_weight: Tensor, b
     out = new_in_format_of(x, len(bias), x.shape[2:])
     owner = Rows()
     weights = [owner.address(w) for w in (x_weight, g_weight, bias)]
-    _call("joint_projection", x, _dense(x), _dense(g), weights, _dense(out))
+    call("joint_projection", x, dense(x), dense(g), weights, dense(out))
     return out
 
 
@@ -31,16 +29,16 @@ def joint_projection_backward(
     d_weights = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in (x_weight, g_weight)]
     d_bias = x_weight.new_empty(len(x_weight))
     owner = Rows()
-    _call(
+    call(
         "joint_projection_backward",
         x,
-        _dense(d_out),
-        _dense(out),
-        _dense(x),
-        _dense(g),
+        dense(d_out),
+        dense(out),
+        dense(x),
+        dense(g),
         [owner.address(x_weight), owner.address(g_weight), 0],
-        _dense(d_x),
-        _dense(d_g),
+        dense(d_x),
+        dense(d_g),
         [t.data_ptr() for t in (*d_weights, d_bias)],
     )
     return [d_x, d_g, *d_weights, d_bias]
@@ -52,7 +50,7 @@ def position_gate(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     gate = x.new_empty(len(x), x.shape[2:].numel(), dtype=accumulation_dtype(x))
     owner = Rows()
     weights = [owner.address(weight), owner.address(bias)]
-    _call("position_gate", x, _dense(x), _dense(h), weights, gate.data_ptr(), _dense(out))
+    call("position_gate", x, dense(x), dense(h), weights, gate.data_ptr(), dense(out))
     return out, gate
 
 
@@ -61,25 +59,16 @@ def position_gate_backward(d_out: Tensor, x: Tensor, h: Tensor, gate: Tensor, we
     d_x, d_h = torch.empty_like(x), torch.empty_like(h)
     d_weight, d_bias = torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(1)
     owner = Rows()
-    _call(
+    call(
         "position_gate_backward",
         x,
-        _dense(d_out),
-        _dense(x),
-        _dense(h),
+        dense(d_out),
+        dense(x),
+        dense(h),
         gate.data_ptr(),
         [owner.address(weight), 0],
-        _dense(d_x),
-        _dense(d_h),
+        dense(d_x),
+        dense(d_h),
         [d_weight.data_ptr(), d_bias.data_ptr()],
     )
     return [d_x, d_h, d_weight, d_bias]
-
-
-def _dense(tensor: Tensor) -> Any:
-    return native_module.Dense(tensor.data_ptr(), *sizes_and_strides(tensor))
-
-
-def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native_module, f"{name}_{str(x.dtype).removeprefix('torch.')}")
-    kernel(*arguments, torch.get_num_threads())

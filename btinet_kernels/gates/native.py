@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btinet_kernels.backends import native_module
 from btinet_kernels.gates.reference import DualPathSaved, DualPathWeights
 from btinet_kernels.interaction.passes_op import accumulation_dtype
-from btinet_kernels.interaction.pointers import Rows, sizes_and_strides
+from btinet_kernels.interaction.pointers import Rows
+from btinet_kernels.native_calls import call, dense, nowhere
 
 
 def dual_path(x: Tensor, residual: Tensor | None, weights: DualPathWeights) -> tuple[Tensor, DualPathSaved]:
@@ -22,7 +22,7 @@ def dual_path(x: Tensor, residual: Tensor | None, weights: DualPathWeights) -> t
     out = torch.empty_like(x)
     saved = new_saved(x, weights)
     owner = Rows()
-    _call(
+    call(
         "dual_path",
         x,
         _dense(x, x),
@@ -43,7 +43,7 @@ def dual_path_backward(
     d_residual = None if out is None else torch.empty_like(out)
     d_weights = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
     owner = Rows()
-    _call(
+    call(
         "dual_path_backward",
         x,
         _dense(d_out, x),
@@ -85,10 +85,5 @@ def _addresses(owner: Rows, tensors: Iterable[Tensor]) -> list[int]:
 def _dense(tensor: Tensor | None, x: Tensor) -> Any:
     """``tensor``, or, where it is missing, nothing in the layout of ``x``."""
     if tensor is None:
-        return native_module.Dense(0, *sizes_and_strides(x))
-    return native_module.Dense(tensor.data_ptr(), *sizes_and_strides(tensor))
-
-
-def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native_module, f"{name}_{str(x.dtype).removeprefix('torch.')}")
-    kernel(*arguments, torch.get_num_threads())
+        return nowhere(x)
+    return dense(tensor)

@@ -18,10 +18,10 @@ from btinet_kernels.interaction.pointers import (
     new_context_gradients,
     new_statistics,
     padded_addresses,
-    sizes_and_strides,
 )
 from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
 from btinet_kernels.interaction.vectors_backward import LevelGradient
+from btinet_kernels.native_calls import call, dense
 
 
 def statistics(
@@ -30,7 +30,7 @@ def statistics(
     """See ``reference.statistics``."""
     result = new_statistics(seg, context, variance=variance, edges=edges, active=active)
     rows, hidden = Rows(), 0 if context is None else context.weight.shape[0]
-    _call("statistics", seg, _dense(seg), hidden, rows.context(context), [address(t) for t in result])
+    call("statistics", seg, dense(seg), hidden, rows.context(context), [address(t) for t in result])
     return result
 
 
@@ -38,7 +38,7 @@ def scale_channels(seg: Tensor, scale: Tensor) -> Tensor:
     """See ``reference.scale_channels``."""
     out = torch.empty_like(seg)
     owner = Rows()
-    _call("scale_channels", seg, _dense(seg), owner.address(scale), _dense(out))
+    call("scale_channels", seg, dense(seg), owner.address(scale), dense(out))
     return out
 
 
@@ -46,14 +46,14 @@ def interpolate(base: Tensor, enhanced: Tensor, weight: Tensor) -> Tensor:
     """See ``reference.interpolate``."""
     out = torch.empty_like(base)
     owner = Rows()
-    _call("interpolate", base, _dense(base), _dense(enhanced), owner.address(weight), _dense(out))
+    call("interpolate", base, dense(base), dense(enhanced), owner.address(weight), dense(out))
     return out
 
 
 def channel_dot(grad: Tensor, seg: Tensor) -> Tensor:
     """See ``reference.channel_dot``."""
     out = seg.new_empty(seg.shape[:2], dtype=accumulation_dtype(seg))
-    _call("channel_dot", seg, _dense(grad), _dense(seg), out.data_ptr())
+    call("channel_dot", seg, dense(grad), dense(seg), out.data_ptr())
     return out
 
 
@@ -64,17 +64,17 @@ def statistics_backward(
     out = torch.empty_like(seg)
     gradients = new_context_gradients(context)
     owner = Rows()
-    _call(
+    call(
         "statistics_backward",
         seg,
-        _dense(seg),
-        _dense(grad),
+        dense(seg),
+        dense(grad),
         owner.address(scale),
         0 if context is None else context.weight.shape[0],
         owner.context(context),
         [owner.address(t) for t in saved],
         [owner.address(t) for t in gradient[:4]],
-        _dense(out),
+        dense(out),
         padded_addresses(gradients, 3),
     )
     return out, gradients
@@ -96,7 +96,7 @@ def level_vectors(
         new(features if options.training else 0),
         new(features if options.training else 0),
     ]
-    _call(
+    call(
         "level_vectors",
         clf,
         _level_options(clf, weights, gate, options),
@@ -134,7 +134,7 @@ def level_backward(
     d_gate = [new(w.shape) for w in gate or () if w is not None]
     missing = [0, 0] if signals == "variance" else []
     addresses = [address(t) for t in d_weights], [*missing, *(address(t) for t in d_gate)]
-    _call(
+    call(
         "level_backward",
         clf,
         _level_options(clf, weights, gate, options),
@@ -171,12 +171,3 @@ def _level_inputs(owner: Rows, stats: Statistics, clf: Tensor) -> list[int]:
 
 def _level_weights(owner: Rows, weights: InteractionWeights, gate: GateWeights | None) -> list[int]:
     return [owner.address(w) for w in (*weights[3:], *(gate or [None] * 6))]
-
-
-def _dense(tensor: Tensor) -> Any:
-    return native_module.Dense(tensor.data_ptr(), *sizes_and_strides(tensor))
-
-
-def _call(name: str, seg: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native_module, f"{name}_{str(seg.dtype).removeprefix('torch.')}")
-    kernel(*arguments, torch.get_num_threads())

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from btinet_kernels.backends import native_module
 from btinet_kernels.interaction.passes_op import accumulation_dtype
-from btinet_kernels.interaction.pointers import sizes_and_strides
 from btinet_kernels.multi_scale.reference import DILATIONS
+from btinet_kernels.native_calls import call, dense, nowhere
 
 
 class Kernels(NamedTuple):
@@ -29,7 +29,7 @@ def multi_scale(x: Tensor, kernels: Kernels, *, keep_between: bool = False) -> t
     """y, and t where it is to be kept and is not y."""
     out = torch.empty_like(x)
     between = torch.empty_like(x) if keep_between and kernels.fusion is not None else x.new_empty(0)
-    _call("multi_scale", x, _dense(x), *_weights(x, kernels), _dense(out), _dense(between, like=x))
+    call("multi_scale", x, _dense(x), *_weights(x, kernels), _dense(out), _dense(between, like=x))
     return out, between
 
 
@@ -46,7 +46,7 @@ def multi_scale_backward(x: Tensor, grad: Tensor, between: Tensor, kernels: Kern
         None if kernels.fusion is None else kernels.fusion.new_empty(len(kernels.fusion)),
     )
     sizes, addresses = _weights(x, kernels)
-    _call(
+    call(
         "multi_scale_backward",
         x,
         _dense(x),
@@ -82,9 +82,4 @@ def _addresses(kernels: Kernels) -> list[int]:
 
 def _dense(tensor: Tensor, like: Tensor | None = None) -> Any:
     """A dense tensor; one that is empty is nowhere and has the shape of ``like``."""
-    return native_module.Dense(tensor.data_ptr(), *sizes_and_strides(tensor if like is None else like))
-
-
-def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native_module, f"{name}_{str(x.dtype).removeprefix('torch.')}")
-    kernel(*arguments, torch.get_num_threads())
+    return dense(tensor) if tensor.numel() or like is None else nowhere(like)

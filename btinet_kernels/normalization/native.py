@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btinet_kernels.backends import native_module
 from btinet_kernels.interaction.passes_op import accumulation_dtype
-from btinet_kernels.interaction.pointers import sizes_and_strides
+from btinet_kernels.native_calls import call, dense
 from btinet_kernels.normalization.reference import ACTIVATIONS
 
 Vectors = Sequence[Tensor | None]  # two, of one value per channel each, dense, in the dtype that is computed in
@@ -25,7 +24,7 @@ def batch_norm(x: Tensor, weights: Vectors, moments: Vectors | None, eps: float,
     if moments is None:
         found = [x.new_empty(x.shape[1], dtype=accumulation_dtype(x)) for _ in range(2)]
     options = _options(weights, eps, act, moments is None)
-    _call("batch_norm", x, _dense(x), *options, _addresses(moments or found), _dense(out))
+    call("batch_norm", x, dense(x), *options, _addresses(moments or found), dense(out))
     return [out, *found]
 
 
@@ -38,7 +37,7 @@ def batch_norm_backward(
     d_weight, d_bias = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
     options = _options(weights, eps, act, training)
     gradients = _addresses((d_weight, d_bias))
-    _call("batch_norm_backward", x, _dense(x), _dense(d_out), *options, _addresses(moments), _dense(d_x), gradients)
+    call("batch_norm_backward", x, dense(x), dense(d_out), *options, _addresses(moments), dense(d_x), gradients)
     return d_x, d_weight, d_bias
 
 
@@ -49,12 +48,3 @@ def _options(weights: Vectors, eps: float, act: str, training: bool) -> tuple[An
 def _addresses(tensors: Vectors) -> list[int]:
     assert all(t is None or t.is_contiguous() for t in tensors)
     return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _dense(tensor: Tensor) -> Any:
-    return native_module.Dense(tensor.data_ptr(), *sizes_and_strides(tensor))
-
-
-def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native_module, f"{name}_{str(x.dtype).removeprefix('torch.')}")
-    kernel(*arguments, torch.get_num_threads())

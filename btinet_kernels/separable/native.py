@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from btinet_kernels.backends import native_module
-from btinet_kernels.interaction.pointers import sizes_and_strides
+from btinet_kernels.interaction.passes_op import new_in_format_of
+from btinet_kernels.native_calls import call, dense, nowhere
 from btinet_kernels.separable.reference import SeparableWeights
 
 
@@ -26,10 +27,10 @@ def separable(
 
     ``moments``: two vectors ``[O]`` that receive mean and variance of the result.
     """
-    out = out_like(x, len(weights.pointwise))
+    out = new_in_format_of(x, len(weights.pointwise), x.shape[2:])
     finish = [t.data_ptr() for t in (*affine, *moments)] if affine else [0, 0, *(t.data_ptr() for t in moments)]
     finish += [0] * (4 - len(finish))
-    _call("separable", x, _dense(x), _sizes(x, weights, dilation), _addresses(weights), _dense(out), relu, finish)
+    call("separable", x, dense(x), _sizes(x, weights, dilation), _addresses(weights), dense(out), relu, finish)
     return out
 
 
@@ -55,34 +56,21 @@ def separable_backward(
     """
     out = torch.empty_like(x)
     gradient = SeparableWeights(*(torch.empty_like(t) for t in weights))  # type: ignore[arg-type]
-    _call(
+    call(
         "separable_backward",
         x,
-        _dense(x),
-        _dense(grad),
-        _dense(value) if value.numel() else native_module.Dense(0, *sizes_and_strides(grad)),
+        dense(x),
+        dense(grad),
+        dense(value) if value.numel() else nowhere(grad),
         relu,
         [t.data_ptr() for t in arriving] or [0, 0, 0],
         _sizes(x, weights, dilation),
         _addresses(weights),
-        _dense(out),
+        dense(out),
         _sizes(x, weights, dilation),
         _addresses(gradient),
     )
     return out, gradient
-
-
-def out_like(x: Tensor, channels: int) -> Tensor:
-    """An empty tensor with another number of channels, in the memory format of x."""
-    if channels == x.shape[1]:
-        return torch.empty_like(x)
-    size = [len(x), channels, *x.shape[2:]]
-    if x.stride(1) != 1 or x.is_contiguous():
-        return x.new_empty(size)
-    strides, step = [1] * x.ndim, channels
-    for dimension in (*range(x.ndim - 1, 1, -1), 0):
-        strides[dimension], step = step, step * size[dimension]
-    return x.new_empty_strided(size, strides)
 
 
 def _sizes(x: Tensor, weights: SeparableWeights, dilation: int) -> Any:
@@ -94,12 +82,3 @@ def _addresses(weights: SeparableWeights) -> list[int]:
     assert weights.bias is not None
     depthwise, pointwise, bias = (t.data_ptr() for t in (weights.depthwise, weights.pointwise, weights.bias))
     return [depthwise, 0, 0, pointwise, 0, 0, 0, bias, 0, 0]
-
-
-def _dense(tensor: Tensor) -> Any:
-    return native_module.Dense(tensor.data_ptr(), *sizes_and_strides(tensor))
-
-
-def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native_module, f"{name}_{str(x.dtype).removeprefix('torch.')}")
-    kernel(*arguments, torch.get_num_threads())

@@ -16,9 +16,14 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from btinet_kernels.backends import choose, requested_backend
-from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, in_format_of, no_double_backward
+from btinet_kernels.interaction.passes_op import (
+    accumulation_dtype,
+    converted,
+    in_format_of,
+    new_in_format_of,
+    no_double_backward,
+)
 from btinet_kernels.separable import native, reference
-from btinet_kernels.separable.native import out_like
 from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
 
 OPERATOR = "fused_separable_conv"
@@ -124,7 +129,7 @@ def separable(
 
 @separable.register_fake
 def _(x, depthwise, pointwise, bias, norm_weight, norm_bias, dilation, relu, eps):  # type: ignore[no-untyped-def]
-    out, vector = out_like(x, len(pointwise)), x.new_empty(0, dtype=accumulation_dtype(x))
+    out, vector = new_in_format_of(x, len(pointwise), x.shape[2:]), x.new_empty(0, dtype=accumulation_dtype(x))
     if norm_weight is None:
         return out, x.new_empty(0), vector, vector.new_empty(0)
     return out, torch.empty_like(out), vector.new_empty(len(pointwise)), vector.new_empty(len(pointwise))
@@ -163,7 +168,7 @@ def separable_inference(
 
 @separable_inference.register_fake
 def _(x, depthwise, pointwise, *others):  # type: ignore[no-untyped-def]
-    return out_like(x, len(pointwise))
+    return new_in_format_of(x, len(pointwise), x.shape[2:])
 
 
 @custom_op(

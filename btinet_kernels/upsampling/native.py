@@ -5,19 +5,16 @@ Strides are honoured: contiguous, channels_last and anything else.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from btinet_kernels.backends import native_module
-from btinet_kernels.interaction.pointers import sizes_and_strides
+from btinet_kernels.native_calls import call, dense
 
 
 def upsample_twice(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     """``reference.upsample_twice``, written into ``out``; weight and bias in the dtype that is computed in."""
     weight, bias = _taken(weight), bias.contiguous()
-    _call("upsample_twice", x, _dense(x), _weight(weight), bias.data_ptr(), _dense(out))
+    call("upsample_twice", x, dense(x), _weight(weight), bias.data_ptr(), dense(out))
     return out
 
 
@@ -26,13 +23,13 @@ def upsample_twice_backward(d_out: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     weight = _taken(weight)
     d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
     d_bias = weight.new_empty(weight.shape[1])
-    _call(
+    call(
         "upsample_twice_backward",
         x,
-        _dense(d_out),
-        _dense(x),
+        dense(d_out),
+        dense(x),
         _weight(weight),
-        _dense(d_x),
+        dense(d_x),
         _weight(d_weight),
         d_bias.data_ptr(),
     )
@@ -47,12 +44,3 @@ def _taken(weight: Tensor) -> Tensor:
 def _weight(weight: Tensor) -> list[int]:
     strides = [9, 1] if weight.is_contiguous() else [1, weight.shape[1]]
     return [weight.data_ptr(), *strides]
-
-
-def _dense(tensor: Tensor) -> Any:
-    return native_module.Dense(tensor.data_ptr(), *sizes_and_strides(tensor))
-
-
-def _call(name: str, x: Tensor, *arguments: Any) -> None:
-    kernel = getattr(native_module, f"{name}_{str(x.dtype).removeprefix('torch.')}")
-    kernel(*arguments, torch.get_num_threads())
