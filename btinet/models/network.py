@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from btinet.errors import UserError
 from btinet.models.encoder import ExpansionEncoder, PyramidEncoder
 from btinet.models.fusion import fold_batchnorms
-from btinet_kernels import fused_upsample_twice, restore
+from btinet_kernels import accelerate, fused_upsample_twice, restore
 from btinet_kernels.interaction.reference import Pooling, Signals
 from btinet_kernels.nn import (
     NORM_EPSILON,
@@ -237,6 +237,7 @@ class BTINet(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         image = torch.rand(1, self.config.in_chans, height, width, device=weight.device, dtype=weight.dtype)
         fused.batchnorms_left = fold_batchnorms(fused, image)
+        accelerate(fused.encoder)
         return fused
 
     def gate_parameters(self) -> list[nn.Parameter]:
