@@ -24,6 +24,7 @@ from btinet_kernels.nn import (
     NORM_EPSILON,
     NORM_MOMENTUM,
     AttentionGate,
+    Dropout,
     ResidualBlock,
     TaskInteractionLevel,
     TaskInteractionModule,
@@ -122,7 +123,7 @@ class DecoderLevel(nn.Module):
         self.upsample = UpsampleTwice(in_channels, channels)
         self.skip_gate = AttentionGate(skip_channels, channels, max(1, channels // 2))
         self.block = ResidualBlock(channels + skip_channels, channels, attention=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.clf_features = nn.Linear(source_channels, config.clf_channels)
         self.interaction: nn.Module | None = None
         if interaction == "fixed":
