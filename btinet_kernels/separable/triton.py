@@ -29,6 +29,8 @@ from btinet_kernels.separable.triton_products import (
 
 # Two for each multiprocessor of an H200: with fewer, tiles shrink, and the rows of a weight's gradient are split.
 ENOUGH_PROGRAMS = 264
+# Of what a product sums over at a time: more would spill in float32, whose operands are split for the tensor cores.
+BYTES = 64
 
 
 def separable(
@@ -43,9 +45,8 @@ def separable(
     """See ``native.separable``."""
     out = new_in_format_of(x, len(weights.pointwise), x.shape[2:])
     convolved, _ = depthwise_maps(x, _taps(weights), None, dilation)
-    rows, (outputs, channels) = x.shape[0] * x.shape[2:].numel(), weights.pointwise.shape[:2]
-    layout = batch_layout(out)
-    walk = _tiles(rows, outputs, channels)
+    rows, (outputs, channels), layout = _rows(x), weights.pointwise.shape[:2], batch_layout(out)
+    walk = _tiles(x, outputs, channels)
     tiles = triton.cdiv(rows, walk["BLOCK_N"])
     sums, squares = (out.new_empty(tiles, outputs, dtype=torch.float32) if moments else None for _ in range(2))
     launch(
@@ -106,9 +107,9 @@ def _convolved_gradient(
     x: Tensor, grad: Tensor, value: Tensor, weights: SeparableWeights, coefficients: Tensor | None, relu: bool
 ) -> Tensor:
     """``[R, C]``."""
-    rows, (outputs, channels) = x.shape[0] * x.shape[2:].numel(), weights.pointwise.shape[:2]
+    rows, (outputs, channels) = _rows(x), weights.pointwise.shape[:2]
     d_convolved = x.new_empty(rows, channels)
-    walk = _tiles(rows, channels, outputs)
+    walk = _tiles(x, channels, outputs)
     walk["BLOCK_O"], walk["BLOCK_C"] = walk["BLOCK_C"], walk["BLOCK_O"]
     of_grad, of_value = batch_layout(grad), batch_layout(value)
     launch(
@@ -138,13 +139,13 @@ def _pointwise_gradient(
     convolved: Tensor, grad: Tensor, value: Tensor, weights: SeparableWeights, coefficients: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """Of the 1×1 convolution's weight and bias."""
-    rows, (outputs, channels) = convolved.numel() // convolved.shape[-1], weights.pointwise.shape[:2]
-    block_n, block_o, block_c = 32, _block(outputs), _block(channels)
+    rows, (outputs, channels) = _rows(grad), weights.pointwise.shape[:2]
+    block_n, block_o, block_c = BYTES // grad.itemsize, power_of_two(outputs, 16, 64), power_of_two(channels, 16, 64)
     blocks = triton.cdiv(outputs, block_o) * triton.cdiv(channels, block_c)
     tiles = triton.cdiv(rows, block_n)
     # A part is written and read again: it should gather from many times the rows that it is as large as.
-    wanted = max(4 * ENOUGH_PROGRAMS // blocks, 1)
-    tiles_per_part = triton.cdiv(tiles, min(wanted, max(1, rows // (4 * min(outputs, channels)))))
+    wanted = min(2 * ENOUGH_PROGRAMS // blocks, rows // (4 * min(outputs, channels)))
+    tiles_per_part = triton.cdiv(tiles, max(1, wanted))
     parts = triton.cdiv(tiles, tiles_per_part)
     gathered = weights.pointwise.new_empty(parts, outputs * (channels + 1))
     of_grad, of_value = batch_layout(grad), batch_layout(value)
@@ -167,37 +168,38 @@ def _pointwise_gradient(
         GRAD_EVEN=of_grad.even,
         VALUE_EVEN=of_value.even,
         RELU=relu,
-        PRECISION=product_precision(),
         BLOCK_N=block_n,
         BLOCK_O=block_o,
         BLOCK_C=block_c,
-        num_warps=4,
-        maxnreg=MOST_REGISTERS,
+        **_options(block_o * block_c),
     )
     d_pointwise, d_bias = torch.empty_like(weights.pointwise), gathered.new_empty(outputs)
     combine_parts(gathered, d_pointwise, d_bias, 1, parts)
     return d_pointwise, d_bias
 
 
-def _tiles(rows: int, columns: int, inner: int) -> dict[str, Any]:
-    """Blocks of a product ``[rows, columns]``: its columns are BLOCK_O, the channels that it sums over BLOCK_C."""
-    block_o, block_n = _block(columns), 128
+def _tiles(x: Tensor, columns: int, inner: int) -> dict[str, Any]:
+    """Blocks of a product ``[R, columns]``: its columns are BLOCK_O, the channels that it sums over BLOCK_C."""
+    rows, block_o, block_n = _rows(x), power_of_two(columns, 16, 64), 128
     while block_n > 32 and triton.cdiv(rows, block_n) * triton.cdiv(columns, block_o) < ENOUGH_PROGRAMS:
         block_n //= 2
+    block_n = power_of_two(rows, 16, block_n)
+    blocks = {"BLOCK_N": block_n, "BLOCK_O": block_o, "BLOCK_C": power_of_two(inner, 16, BYTES // x.itemsize)}
+    return blocks | _options(block_n * block_o)
+
+
+def _options(tile: int) -> dict[str, Any]:
+    """How a product is compiled that has ``tile`` sums."""
     return {
-        "BLOCK_N": power_of_two(rows, 16, block_n),
-        "BLOCK_O": block_o,
-        "BLOCK_C": power_of_two(inner, 16, 32),
         "PRECISION": product_precision(),
-        "num_warps": 4,
+        "num_warps": 8 if tile >= 4096 else 4,
+        "num_stages": 3,
         "maxnreg": MOST_REGISTERS,
     }
 
 
-def _block(columns: int) -> int:
-    """Columns of a product that a program takes: 64, or 32 where that leaves fewer of them idle."""
-    wide = power_of_two(columns, 16, 64)
-    return wide if -columns % wide <= -columns % 32 else 32
+def _rows(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2:].numel()
 
 
 def _taps(weights: SeparableWeights) -> Tensor:
