@@ -156,7 +156,7 @@ def input_gradient(  # type: ignore[no-untyped-def]
 def depthwise_maps(
     x: Tensor, taps: Tensor, share: Tensor | None, dilation: int, d_maps: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Maps ``[B, N, S, C]`` of taps ``[S, 9, C]``; with their gradient, that of the taps over the share, [B, S, 9, C]."""
+    """Maps ``[B, N, S, C]`` of taps ``[S, 9, C]``; given their gradient, also that of taps over share, [B, S, 9, C]."""
     (batch, channels), scales = x.shape[:2], len(taps)
     maps = x.new_empty(batch, x.shape[2:].numel(), scales, channels)
     if not x.numel():

@@ -35,8 +35,8 @@ class Parts(NamedTuple):
 
     samples: int
     of_sample: int
-    size: int  # positions; a sample's last part may have fewer
-    count: int  # positions of a sample
+    size: int  # positions in a part; a sample's last one may have fewer
+    positions: int  # of a sample
 
 
 def batch_norm(x: Tensor, weights: Vectors, moments: Vectors | None, eps: float, act: str) -> list[Tensor]:
@@ -122,7 +122,7 @@ def weight_gradients(
         of_x.size,
         of_d_out.strides,
         of_x.strides,
-        parts.count,
+        parts.positions,
         channels,
         parts.of_sample,
         D_OUT_EVEN=of_d_out.even,
@@ -148,7 +148,7 @@ def combined_moments(sums: Tensor, squares: Tensor, parts: Parts, mean: Tensor, 
             sums,
             squares,
             *into,
-            parts.count,
+            parts.positions,
             channels,
             parts.samples * parts.of_sample,
             parts.of_sample,
@@ -177,7 +177,7 @@ def _moments(x: Tensor) -> list[Tensor]:
         squares,
         layout.size,
         layout.strides,
-        parts.count,
+        parts.positions,
         channels,
         parts.of_sample,
         EVEN=layout.even,

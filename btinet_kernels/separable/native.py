@@ -76,15 +76,17 @@ def separable_backward(
 
 def normalise(value: Tensor, affine: Sequence[Tensor], moments: Sequence[Tensor], eps: float) -> Tensor:
     """Batch normalisation by weight and bias, mean and variance, ``[O]`` each."""
-    return F.batch_norm(value, *moments, *affine, eps=eps)
+    (weight, bias), (mean, variance) = affine, moments
+    return F.batch_norm(value, mean, variance, weight, bias, eps=eps)
 
 
 def norm_gradients(grad: Tensor, value: Tensor, moments: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and of the bias of ``normalise``, from that of its result."""
     mean, variance = moments
     inverse = torch.rsqrt(variance + eps)
-    needed = [False, True, True]
-    return torch.ops.aten.native_batch_norm_backward(grad, value, mean, None, None, mean, inverse, True, eps, needed)[1:]
+    backward = torch.ops.aten.native_batch_norm_backward
+    _, d_weight, d_bias = backward(grad, value, mean, None, None, mean, inverse, True, eps, [False, True, True])
+    return d_weight, d_bias
 
 
 def _sizes(x: Tensor, weights: SeparableWeights, dilation: int) -> Any:

@@ -1,4 +1,4 @@
-"""Separable convolutions on NVIDIA GPUs: the depthwise kernels of multi-scale fusion, the products of ``triton_products``.
+"""Separable convolutions on NVIDIA GPUs: the fusion's depthwise kernels and the products of ``triton_products``.
 
 Convolved values go through memory once in each direction, in the dtype of x, and so do the weights that multiply them:
 docs/kernels_gpu.md says why, and what that costs. Contiguous, channels_last and any other strides are read and written

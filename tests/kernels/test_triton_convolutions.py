@@ -286,7 +286,9 @@ class Problem:
         of_norm = [drawn(outputs), drawn(outputs), drawn(outputs), 1 + drawn(outputs).abs()]
         self.norm = of_norm if "norm" in followed_by else []
 
-    def run(self, backend: str = "triton", dtype: torch.dtype | None = None, training: bool = True) -> dict[str, Tensor]:
+    def run(
+        self, backend: str = "triton", dtype: torch.dtype | None = None, training: bool = True
+    ) -> dict[str, Tensor]:
         """Results and gradients; in ``dtype``, or x as it is and the weights in float32."""
         x = self.x.detach().to(dtype or self.x.dtype).requires_grad_()
         weights = [w.to(dtype or w.dtype, copy=True).requires_grad_() for w in self.weights]
@@ -450,10 +452,13 @@ class TestSeparable:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize(
         "case",
-        [((8, 144, 112, 112), 144, 1), ((8, 192, 112, 112), 48, 1), ((8, 960, 14, 14), 960, 2), ((4, 1792, 7, 7), 1792, 4)],
+        [
+            ((8, 144, 112, 112), 144, 1),
+            ((8, 192, 112, 112), 48, 1),
+            ((8, 960, 14, 14), 960, 2),
+            ((4, 1792, 7, 7), 1792, 4),
+        ],
     )
-    def test_the_networks_shapes(
-        self, case: tuple[tuple[int, ...], int, int], layout: str, dtype: torch.dtype
-    ) -> None:
+    def test_the_networks_shapes(self, case: tuple[tuple[int, ...], int, int], layout: str, dtype: torch.dtype) -> None:
         problem = Problem(case, layout, "norm", dtype)  # a ReLU's gradient jumps where rounding changes a sign
         problem.check(problem.x.numel())
