@@ -140,7 +140,8 @@ def _pointwise_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Of the 1×1 convolution's weight and bias."""
     rows, (outputs, channels) = _rows(grad), weights.pointwise.shape[:2]
-    block_n, block_o, block_c = BYTES // grad.itemsize, power_of_two(outputs, 16, 64), power_of_two(channels, 16, 64)
+    # Every block of channels forms what arrives once more: they are wide.
+    block_n, block_o, block_c = BYTES // grad.itemsize, power_of_two(outputs, 16, 64), power_of_two(channels, 16, 128)
     blocks = triton.cdiv(outputs, block_o) * triton.cdiv(channels, block_c)
     tiles = triton.cdiv(rows, block_n)
     # A part is written and read again: it should gather from many times the rows that it is as large as.

@@ -312,8 +312,6 @@ class Problem:
             assert out.dtype == x.dtype
             assert out.stride() == separable_op.new_in_format_of(x, len(self.weights[2]), x.shape[2:]).stride()
             assert found["d_x"].stride() == torch.empty_like(x).stride()
-        if self.norm and training and not self.relu:
-            del found["d_bias"]  # zero but for rounding: the normalisation takes the mean away
         return found
 
     def check(self, terms: int | None = None, *, training: bool = True) -> None:
@@ -342,7 +340,8 @@ class TestSeparable:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.usefixtures("poisoned")
     def test_what_follows(self, layout: str, followed_by: str) -> None:
-        Problem(((2, 5, 7, 6), 20, 2), layout, followed_by).check()
+        # Under a normalisation alone the bias's gradient is zero but for equal roundings at 84 positions.
+        Problem(((2, 5, 7, 6), 20, 2), layout, followed_by).check(84**2 if followed_by == "norm" else None)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("layout", LAYOUTS)
