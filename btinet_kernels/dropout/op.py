@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from btinet_kernels.backends import choose
-from btinet_kernels.dropout import native, reference
+from btinet_kernels.backends import choose, kernels_for
+from btinet_kernels.dropout import reference
 
 OPERATOR = "fused_dropout"
 
@@ -51,11 +52,8 @@ def fused_dropout(x: Tensor, p: float = 0.5, *, training: bool = True, seed: Ten
 @custom_op("btinet_kernels::dropout", mutates_args=())
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """See ``fused_dropout``."""
-    if x.device.type == "cpu" and choose(OPERATOR, x) == "native":
-        return native.dropout(x, seed, p)
-    from btinet_kernels.dropout import triton
-
-    return triton.dropout(x, seed, p)
+    passes = import_module(f"btinet_kernels.dropout.{kernels_for(x, OPERATOR)}")
+    return passes.dropout(x, seed, p)
 
 
 @dropout.register_fake
