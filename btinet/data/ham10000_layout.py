@@ -49,8 +49,8 @@ def read_ham10000(root: Path, classes: Sequence[str] | None, options: LayoutOpti
             if stem in images:
                 raise UserError(f"{image}: there is also {images[stem]}; keep one of the two.")
             images[stem] = image
-    names = {}
-    groups = {}
+    names: dict[str, tuple[int, str]] = {}  # image → line, class
+    groups: dict[str, str] = {}
     for line, row in read_table(tables[0], ("lesion_id", "image_id", "dx")):
         _check_new(tables[0], line, row["image_id"], names)
         if not row["lesion_id"]:
@@ -67,7 +67,7 @@ def read_isic2018(root: Path, classes: Sequence[str] | None, options: LayoutOpti
     if table is None or not (root / _IMAGES_2018).is_dir():
         raise UserError(f"{root}: expected {ISIC2018_TREE}; complete the folder.")
     columns = {name.upper(): name for name in CLASSES}
-    names = {}
+    names: dict[str, tuple[int, str]] = {}
     for line, row in read_table(table, ("image", *columns)):
         _check_new(table, line, row["image"], names)
         column = one_hot(row, list(columns), f"{table}: line {line}")

@@ -14,7 +14,7 @@ _SEPARATED = {",": "comma", ";": "semicolon"}
 
 
 def read_table(path: Path, required: Sequence[str], delimiter: str = ",") -> list[tuple[int, dict[str, str]]]:
-    """Read a UTF-8 CSV file, its cells separated by ``delimiter``; return its rows as (line number, column name → stripped cell).
+    """Read a UTF-8 CSV file; return its rows as (line number, column name → stripped cell).
 
     Cells missing at the end of a row are empty strings.
 
