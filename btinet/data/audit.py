@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from btinet.data.groups import near_duplicate_groups, straddling_groups
-from btinet.data.images import describe_image, describe_mask, map_in_threads, read_image, read_mask
+from btinet.data.images import describe_mask, image_mode, map_in_threads, read_image, read_mask
 from btinet.data.layouts import check_trainable
 from btinet.data.samples import Collection, Sample
 from btinet.errors import UserError
@@ -90,7 +90,7 @@ def audit(collection: Collection, mask_threshold: int | None = None) -> Audit:
         _finding("error", "groups divided by the prescribed split", _leaks(collection, _own_groups(collection))),
         *_unexpected_masks(collection, lesions),
         *_duplicates(collection, "the same file more than once", exact),
-        *_duplicates(collection, "near-duplicates", {i: g for i, g in near.items() if i not in exact or g not in exact}),
+        *_duplicates(collection, "near-duplicates", _beyond(near, exact)),
         _finding("warning", "near-duplicates on both sides of the split", _leaks(collection, near)),
         _finding("warning", "training would refuse the set", _untrainable(collection)),
     ]
@@ -108,8 +108,7 @@ def audit(collection: Collection, mask_threshold: int | None = None) -> Audit:
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file, hexadecimal; raises ``UserError`` when it cannot be read."""
     try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror or error}).") from error
 
@@ -117,9 +116,8 @@ def file_hash(path: Path) -> str:
 def _inspect(sample: Sample, mask_threshold: int | None) -> _Inspected:
     result = _Inspected(sample)
     try:
-        result.kind, width, height = describe_image(sample.image)
-        read_image(sample.image, 3)
-        result.size = (width, height)
+        height, width, _ = read_image(sample.image, 3).shape
+        result.kind, result.size = image_mode(sample.image), (width, height)
         result.hashes[sample.image] = file_hash(sample.image)
     except UserError as error:
         result.image_error = str(error)
@@ -164,13 +162,22 @@ def _same_file(samples: Sequence[Sample], hashes: Mapping[Path, str]) -> dict[st
     return {identifier: ids[0] for ids in members.values() if len(ids) > 1 for identifier in ids}
 
 
+def _beyond(near: Mapping[str, str], exact: Mapping[str, str]) -> dict[str, str]:
+    """Return the groups of near-duplicates that are more than one file repeated."""
+    files: defaultdict[str, set[str]] = defaultdict(set)
+    for identifier, group in near.items():
+        files[group].add(exact.get(identifier, identifier))
+    return {identifier: group for identifier, group in near.items() if len(files[group]) > 1}
+
+
 def _duplicates(collection: Collection, title: str, groups: Mapping[str, str]) -> list[Finding]:
     """Report groups of one class, and groups that contradict themselves about the class."""
     labels = {sample.id: sample.label for sample in collection.samples}
     members: defaultdict[str, list[str]] = defaultdict(list)
     for identifier, group in groups.items():
         members[group].append(identifier)
-    within, across = [], []
+    within: list[str] = []
+    across: list[str] = []
     for ids in members.values():
         several = len({labels[identifier] for identifier in ids if labels[identifier] >= 0}) > 1
         (across if several else within).append(", ".join(ids))
@@ -182,7 +189,8 @@ def _duplicates(collection: Collection, title: str, groups: Mapping[str, str]) -
 
 def _unexpected_masks(collection: Collection, lesions: Mapping[str, bool]) -> list[Finding]:
     """Report masks that differ from most of their class: empty ones among lesions, and the reverse."""
-    empty, filled = [], []
+    empty: list[str] = []
+    filled: list[str] = []
     for label in sorted({sample.label for sample in collection.samples}):
         ids = [sample.id for sample in collection.samples if sample.label == label and sample.id in lesions]
         expected = 2 * sum(lesions[identifier] for identifier in ids) > len(ids)

@@ -32,8 +32,8 @@ def read_image(path: Path, channels: int) -> np.ndarray:
     is taken. Of 16-bit pixels the high byte is kept, as PIL itself does for 16-bit colour.
 
     Raises:
-        UserError: missing, truncated or not an image; more than ``MAX_PIXELS``; floating-point pixels; 16-bit pixels so small (below
-            4096) that 8 bits of them would be almost black.
+        UserError: missing, truncated or not an image; more than ``MAX_PIXELS``; floating-point pixels; 16-bit
+            pixels so small (below 4096) that 8 bits of them would be almost black.
     """
     if channels not in (1, 3):
         raise UserError(f"channels: found {channels}, expected 1 (grey) or 3 (RGB).")
@@ -78,18 +78,18 @@ def read_mask(paths: Sequence[Path], height: int, width: int, threshold: int | N
     return union
 
 
+def image_mode(path: Path) -> str:
+    """Return Pillow's mode of an image that can be read, such as "RGB"."""
+    with Image.open(path, formats=_FORMATS) as handle:
+        return handle.mode
+
+
 def describe_mask(path: Path) -> str:
     """Return Pillow's mode of a mask and the values in it, such as "L, values 0 and 255"; see ``read_mask``."""
     picture = _decode(path)
     values = np.unique(_mask_values(path, picture)).tolist()
     what = " and ".join(map(str, values)) if len(values) <= 2 else f"{len(values)} of {values[0]} to {values[-1]}"
     return f"{picture.mode}, value{'s' * (len(values) > 1)} {what}"
-
-
-def describe_image(path: Path) -> tuple[str, int, int]:
-    """Return Pillow's mode, the width and the height of an image as it is read (EXIF orientation applied)."""
-    picture = _decode(path)
-    return picture.mode, picture.width, picture.height
 
 
 def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:

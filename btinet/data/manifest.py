@@ -127,8 +127,11 @@ def _compare(path: Path, expected: dict[Path, str]) -> None:
             f"{missing[0]}: is missing, but {path} lists it ({len(missing)} of {len(expected)} files are missing); "
             "restore the data or check it again."
         )
-    changed = [file for file, digest in zip(expected, map_in_threads(file_hash, expected), strict=True)
-               if digest != expected[file]]
+    changed = [
+        file
+        for file, digest in zip(expected, map_in_threads(file_hash, expected), strict=True)
+        if digest != expected[file]
+    ]
     if changed:
         raise UserError(
             f"{changed[0]}: has changed since {path} was written ({len(changed)} of {len(expected)} files differ); "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from btinet.data.layout_options import LayoutOptions
 from btinet.data.layouts import read_collection
@@ -28,6 +29,21 @@ class DataSource:
     dataset: str = "auto"
     options: LayoutOptions = field(default_factory=LayoutOptions)
     manifest: Path | None = None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> DataSource:
+        """Build from the options data, dataset, manifest, curated, ... of a command or a run's config.yaml."""
+
+        def file(name: str) -> Path | None:
+            return None if options.get(name) is None else Path(options[name])
+
+        layout = LayoutOptions(
+            file("curated"),
+            file("labels"),
+            file("lesion_groups"),
+            bool(options.get("drop_train_duplicates_of_test")),
+        )
+        return cls(Path(options["data"]), options.get("dataset") or "auto", layout, file("manifest"))
 
     def read(self, classes: Sequence[str] | None = None) -> Collection:
         """Read the samples; raises ``UserError`` as ``read_collection`` and ``read_manifest`` do."""
