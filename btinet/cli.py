@@ -222,9 +222,7 @@ def _add_data_commands(parser: ArgumentParser) -> None:
     _add_data(split)
     split.add_argument("--out", type=Path, required=True, help="The CSV file to write.")
     split.add_argument("--folds", type=int | None, default=None, help="Cross-validation with this many folds.")
-    split.add_argument(
-        "--fractions", type=tuple[float, float, float], default=(0.70, 0.15, 0.15), help="Of train, val and test."
-    )
+    split.add_argument("--fractions", type=float, nargs=3, default=[0.70, 0.15, 0.15], help="Of train, val and test.")
     split.add_argument("--groups", type=Path | None, default=None, help="As in btinet train.")
     split.add_argument("--seed", type=int, default=42, help="Another seed gives another split.")
     for name, sub in (("check", check), ("split", split)):

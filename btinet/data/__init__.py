@@ -1,7 +1,7 @@
 """Images with lesion masks and classes: reading, checking, grouping, splitting, augmenting."""
 
 from btinet.data.audit import Audit, Finding, audit
-from btinet.data.dataset import Augmentation, EpochBatches, SegmentationDataset
+from btinet.data.dataset import Augmentation, EpochBatches, SegmentationDataset, check_files
 from btinet.data.groups import near_duplicate_groups, read_groups, straddling_groups, without_prescribed, write_groups
 from btinet.data.images import read_image, read_mask
 from btinet.data.layout_options import LayoutOptions
@@ -28,6 +28,7 @@ __all__ = [
     "Sample",
     "SegmentationDataset",
     "audit",
+    "check_files",
     "check_trainable",
     "default_preprocessing",
     "fold_collection",

@@ -34,8 +34,6 @@ def find_busi_whu(path: Path) -> Path | None:
 def read_busi_whu(root: Path, classes: Sequence[str] | None, options: LayoutOptions) -> Collection:
     """Read either release; the published parts are kept. See ``read_collection``."""
     known = CLASSES if classes is None else tuple(classes)
-    if find_busi_whu(root) is None:
-        raise UserError(f"{root}: expected {BUSI_WHU_TREE}; complete the folder.")
     if (root / "train" / "metadata.csv").is_file():
         if options.labels is not None:
             raise UserError(f"--labels {options.labels}: not needed, the file names in {root} hold the classes.")

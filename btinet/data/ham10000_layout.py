@@ -64,7 +64,7 @@ def read_isic2018(root: Path, classes: Sequence[str] | None, options: LayoutOpti
     """Read task 3 of ISIC 2018 with HAM10000's segmentations. See ``read_collection``."""
     places = (root / f"{_LABELS_2018}.csv", root / _LABELS_2018 / f"{_LABELS_2018}.csv")
     table = next((place for place in places if place.is_file()), None)
-    if table is None or not (root / _IMAGES_2018).is_dir():
+    if table is None:
         raise UserError(f"{root}: expected {ISIC2018_TREE}; complete the folder.")
     columns = {name.upper(): name for name in CLASSES}
     names: dict[str, tuple[int, str]] = {}

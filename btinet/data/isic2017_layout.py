@@ -27,8 +27,6 @@ def find_isic2017(path: Path) -> Path | None:
 
 def read_isic2017(root: Path, classes: Sequence[str] | None, options: LayoutOptions) -> Collection:
     """Read ISIC 2017; its validation and test parts are kept. See ``read_collection``."""
-    if find_isic2017(root) is None:
-        raise UserError(f"{root}: expected {ISIC2017_TREE}; complete the folder.")
     known = CLASSES if classes is None else tuple(classes)
     samples = []
     for part, split in _PARTS.items():

@@ -56,6 +56,7 @@ LAYOUTS = {
     "csv": Layout(CSV_TREE, lambda path: path if find_csv(path) else None, read_csv),
 }
 DATASETS = ("auto", *LAYOUTS)
+_OWN_LAYOUTS = ("folders", "csv")  # for any data; their readers say what is missing
 
 
 def read_collection(
@@ -109,8 +110,10 @@ def read_collection(
         for name in ("curated", "labels", "lesion_groups"):
             if getattr(options, name) is not None and name not in layout.options:
                 raise UserError(f"--{name.replace('_', '-')}: the data at {path} is of layout {dataset}: not for it.")
-        root = layout.find(path) if path.is_dir() else None
-        collection = layout.read(root or path, classes, options)
+        root = path if dataset in _OWN_LAYOUTS else layout.find(path)
+        if root is None:
+            raise UserError(f"{path}: is not of the layout {dataset}; expected {layout.tree}.")
+        collection = layout.read(root, classes, options)
     except OSError as error:
         raise UserError(f"{error.filename or path}: could not be read ({error.strerror or error}).") from error
     if not collection.samples:
@@ -162,7 +165,7 @@ def _recognise(path: Path) -> str:
     if not found:
         trees = "; ".join(f"{name}: {layout.tree}" for name, layout in LAYOUTS.items())
         raise UserError(f"{path}: no known layout found, expected one of these: {trees}.")
-    if found[0] not in ("folders", "csv"):  # a published set may come with tables, and in folders
+    if found[0] not in _OWN_LAYOUTS:  # a published set may come with tables, and in folders
         return found[0]
     if len(found) > 1:
         raise UserError(

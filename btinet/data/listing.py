@@ -19,7 +19,9 @@ def images_by_stem(folder: Path, ending: str = "") -> dict[str, Path]:
         UserError: not a folder; two images that differ in their suffix only.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it belongs to this layout, see docs/data.md.")
+        raise UserError(
+            f"{folder}: no such folder, but the layout has it; complete the data, docs/data.md shows the tree."
+        )
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():

@@ -25,7 +25,7 @@ def split_collection(
     collection: Collection,
     groups: Mapping[str, str],
     *,
-    fractions: tuple[float, float, float] = (0.70, 0.15, 0.15),
+    fractions: Sequence[float] = (0.70, 0.15, 0.15),
     seed: int = 42,
 ) -> dict[str, str]:
     """Divide a collection into train, val and test, stratified by class, groups kept together.
@@ -112,7 +112,8 @@ def fold_collection(collection: Collection, groups: Mapping[str, str], folds: in
                 f"{collection.root}: {_stratum_name(collection, column)} has {count} independent group(s) of images, "
                 f"too few for {folds} folds; use fewer folds."
             )
-    fold = _folds(_contents(_stratum_numbers(samples)[free], component[free])[1], folds, seed)
+    strata = _contents(_stratum_numbers(samples)[free], component[free])[1]
+    fold = _folds(content, strata, folds, seed)
     for number, column in np.argwhere(_per_part(content, fold, folds) == 0).tolist():
         if column in _required(content):
             raise UserError(
@@ -291,7 +292,7 @@ def _divide(
     """Return the part of each component, given its numbers of samples per label and per stratum [components, …]."""
     required = _required(content)
     sizes = _folds_per_part([int((content[:, column] > 0).sum()) for column in required], fractions)
-    fold = _folds(strata, sum(sizes), seed)
+    fold = _folds(content, strata, sum(sizes), seed)
     labels_per_fold, strata_per_fold = (_per_part(counts, fold, sum(sizes)) for counts in (content, strata))
     random = np.random.default_rng(seed)
     slots = np.repeat(np.arange(len(sizes)), sizes)
@@ -322,10 +323,11 @@ def _folds_per_part(group_counts: Sequence[int], fractions: np.ndarray) -> list[
     return sizes(min(range(len(fractions), limit + 1), key=deviation))
 
 
-def _folds(content: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the fold of each component."""
-    component, label = np.nonzero(content)
-    repeats = content[component, label]
+def _folds(content: np.ndarray, strata: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return the fold of each component, stratified by the strata, or by label if all strata are too small."""
+    counts = strata if strata.sum(axis=0).max() >= count else content
+    component, label = np.nonzero(counts)
+    repeats = counts[component, label]
     component, label = np.repeat(component, repeats), np.repeat(label, repeats)
     fold = np.zeros(len(content), dtype=int)
     splitter = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=seed)

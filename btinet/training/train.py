@@ -22,6 +22,7 @@ from btinet.data import (
     EpochBatches,
     Sample,
     SegmentationDataset,
+    check_files,
     check_trainable,
     default_preprocessing,
     near_duplicate_groups,
@@ -89,6 +90,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
         seed=options.seed,
         mask_threshold=options.mask_threshold,
     )
+    check_files(parts["test"], options.channels, options.mask_threshold)  # what would spoil the evaluation shows now
     val_set = SegmentationDataset(parts["val"], preprocessing, mask_threshold=options.mask_threshold)
     if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
         raise UserError(
