@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(sentence: str) -> int:
-    print(f"btinet: error: {sentence}", file=sys.stderr)
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
+    print(f"btinet: error: {shown}", file=sys.stderr)
     return 2
 
 

@@ -69,7 +69,7 @@ def _named_part(root: Path, part: str, known: tuple[str, ...]) -> list[Sample]:
         for column, folder in (("image_file_name", "images"), ("mask_file_name", "masks")):
             path = root / part / folder / Path(row[column]).name
             if not row[column] or not path.is_file():
-                raise UserError(f"{where} names {row[column]!r} in {column}, but {path} is not a file.")
+                raise UserError(f"{where} names {row[column]!r} in {column}, which is no file in {path.parent}.")
             paths.append(path)
         image, mask = paths
         match = _NAMED.match(image.stem)

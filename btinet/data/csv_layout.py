@@ -82,5 +82,7 @@ def _existing(table: Path, line: int, column: str, name: str) -> Path:
         raise UserError(f"{table}: line {line} names no {column}; give its path, relative to {table.parent}.")
     path = Path(os.path.normpath(table.parent / name))
     if not path.is_file():
-        raise UserError(f"{table}: line {line} names the {column} {name!r}, but {path} is not a file.")
+        raise UserError(
+            f"{table}: line {line} names the {column} {name!r}, which is no file; paths are relative to {table.parent}."
+        )
     return path

@@ -116,6 +116,7 @@ def read_collection(
         collection = layout.read(root, classes, options)
     except OSError as error:
         raise UserError(f"{error.filename or path}: could not be read ({error.strerror or error}).") from error
+    _check_names(collection)
     if not collection.samples:
         raise UserError(f"{path}: holds no image of the layout {dataset}; expected {layout.tree}.")
     return _without_test_duplicates(collection) if options.drop_train_duplicates_of_test else collection
@@ -150,6 +151,13 @@ def check_trainable(collection: Collection) -> None:
             f"{collection.root}: no sample has a lesion mask, expected some to train the segmentation; "
             "add masks (NAME_mask.png beside NAME.png, or the mask column of the CSV file)."
         )
+
+
+def _check_names(collection: Collection) -> None:
+    """Refuse file names that no table and no terminal can show."""
+    for sample in collection.samples:
+        if any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in sample.id):
+            raise UserError(f"{collection.root}: the file name {sample.id!a} is not plain UTF-8 text; rename the file.")
 
 
 def _how_to_label(collection: Collection) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from btinet.errors import UserError
 from btinet.files import write_text
 
+_LONGEST_CELL = 4096
 _SEPARATED = {",": "comma", ";": "semicolon"}
 
 
@@ -35,6 +36,11 @@ def read_table(path: Path, required: Sequence[str], delimiter: str = ",") -> lis
                     raise UserError(
                         f"{path}: line {reader.line_num} has {len(cells)} cells but the header has "
                         f"{len(header)}; put cells that contain a {_SEPARATED[delimiter]} in double quotes."
+                    )
+                if max(map(len, cells)) > _LONGEST_CELL:
+                    raise UserError(
+                        f"{path}: line {reader.line_num} has a cell of {max(map(len, cells))} characters, expected at "
+                        f"most {_LONGEST_CELL}; is a double quote missing?"
                     )
                 padded = [*cells, *[""] * (len(header) - len(cells))]
                 rows.append((reader.line_num, {n: c.strip() for n, c in zip(header, padded, strict=True)}))

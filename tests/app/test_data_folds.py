@@ -152,20 +152,10 @@ def test_options_of_the_data_are_repeated_by_evaluate(publish: Callable[[str], A
         assert main(["train", "--data", str(busi.root), "--out", str(out), *model, *flags]) == 0
         assert len((out / "split.csv").read_text().splitlines()) == 16
         assert main(["evaluate", str(out)]) == 0
-        other = [
-            "evaluate",
-            str(out),
-            "--data",
-            str(busi.root),
-            "--split",
-            "all",
-            "--out",
-            str(tmp_path / f"{name}-all"),
-        ]
-        assert main(other) == 0
-        assert len((tmp_path / f"{name}-all" / "per_image.csv").read_text().splitlines()) == 19
-        assert main([*other, *flags]) == 0
-        assert len((tmp_path / f"{name}-all" / "per_image.csv").read_text().splitlines()) == 16
+    other = ["evaluate", str(out), "--data", str(busi.root), "--split", "all", "--out", str(tmp_path / "all")]
+    for more, lines in (([], 19), (["--manifest", str(manifest)], 16)):
+        assert main([*other, *more]) == 0
+        assert len((tmp_path / "all" / "per_image.csv").read_text().splitlines()) == lines
     assert (tmp_path / "a" / "split.csv").read_text() == (tmp_path / "b" / "split.csv").read_text()
     assert main(["evaluate", str(tmp_path / "a"), "--curated", str(curated)]) == 2
 
