@@ -81,6 +81,15 @@ def test_what_cannot_be_folded() -> None:
             fold_collection(data, {}, folds)
 
 
+def test_a_fold_without_a_class_is_refused() -> None:
+    labels = [1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 1]
+    data = collection(labels, [f"g{number}" for number in (4, 1, 1, 3, 4, 2, 0, 4, 2, 0, 0, 2, 3, 2)])
+    with pytest.raises(
+        UserError, match="fold 0 would hold no image of the class 'x'; use fewer folds or another --seed"
+    ):
+        fold_collection(data, {}, 3)
+
+
 def test_fold_files_and_their_defects(tmp_path: Path) -> None:
     data = collection([0, 1] * 9)
     path = tmp_path / "folds.csv"
