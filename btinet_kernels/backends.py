@@ -33,6 +33,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_position_gate": ("native",),
     "fused_batch_norm_act": ("native",),
     "fused_depthwise_conv": ("native",),
+    "fused_dropout": ("native", "triton"),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 
