@@ -242,7 +242,8 @@ def test_training_refuses_what_is_not_as_recorded(
     damage(busi, manifest)
     capsys.readouterr()
     out = tmp_path / "run"
-    assert main(["train", "--data", str(busi.root), "--manifest", str(manifest), "--out", str(out)]) == 2
+    flags = ["--model", "btinet_mobilenetv3_small_050", "--image-size", "32", "--epochs", "1", "--device", "cpu"]
+    assert main(["train", "--data", str(busi.root), "--manifest", str(manifest), "--out", str(out), *flags]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     with pytest.raises(UserError, match=pattern):

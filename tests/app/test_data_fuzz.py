@@ -295,7 +295,17 @@ def test_commands_end_in_a_sentence_and_leave_nothing_half_written(
         assert code == 0 or path.name in captured.out
         if code == 1:
             run = tmp_path / f"run{number}"
-            assert main(["train", "--data", str(busi.root), "--out", str(run), "--image-size", "32"]) == 2
+            flags = [
+                "--model",
+                "btinet_mobilenetv3_small_050",
+                "--image-size",
+                "32",
+                "--epochs",
+                "1",
+                "--device",
+                "cpu",
+            ]
+            assert main(["train", "--data", str(busi.root), "--out", str(run), *flags]) == 2
             assert path.name in capsys.readouterr().err
             assert not run.exists()
         path.write_bytes(content[path])
