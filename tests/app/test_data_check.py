@@ -14,7 +14,15 @@ import pytest
 from PIL import Image
 
 from btinet.cli import main
-from btinet.data import DataSource, LayoutOptions, audit, read_collection, read_manifest, write_manifest
+from btinet.data import (
+    DataSource,
+    LayoutOptions,
+    audit,
+    read_collection,
+    read_manifest,
+    split_collection,
+    write_manifest,
+)
 from btinet.errors import UserError
 
 Publish = Callable[[str], Any]
@@ -101,6 +109,8 @@ def test_leaks_of_a_split_file(busi: Any, tmp_path: Path, capsys: pytest.Capture
     recorded = json.loads((tmp_path / "m.json").read_text())
     assert recorded["counts"]["benign"] == {"train": 4, "test": 1, "val": 1}
     assert {s["id"]: s["split"] for s in recorded["samples"]} == {i: parts.get(i, "train") for i in ids}
+    back = read_manifest(tmp_path / "m.json", busi.root)
+    assert split_collection(back, {}) == {i: parts.get(i, "train") for i in ids}, "the leak is reported, not repaired"
 
 
 def test_groups_in_two_prescribed_parts_are_an_error(publish: Publish) -> None:
