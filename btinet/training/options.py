@@ -78,7 +78,9 @@ class TrainOptions:
 
     data: str = option(help="Folder of the data set, or the CSV file.")
     out: str = option(help="Folder of the run, new or empty.")
-    dataset: Literal["auto", "busi", "folders", "csv"] = option("auto", "Layout of the data; auto recognises it.")
+    dataset: Literal[
+        "auto", "busi", "busi_whu", "ham10000", "isic2018", "isic2017", "brisc", "cheng", "folders", "csv"
+    ] = option("auto", "Layout of the data; auto recognises it.")
     model: str = option("btinet_efficientnet_b4", "btinet_ and the name of a timm backbone.")
     preset: Preset = option(
         "fixed",
@@ -100,7 +102,15 @@ class TrainOptions:
     )
     workers: int = option(0, "Processes that prepare images; 0 prepares them in the training process.")
     channels: Literal[1, 3] = option(3, "Channels of the images, grey or colour.")
-    split: str | None = option(None, "A split.csv to reuse instead of making one.")
+    manifest: str | None = option(None, "manifest.json of btinet data check: train on exactly these files.")
+    curated: str | None = option(None, "BUSI: table class;id of the images to keep.")
+    labels: str | None = option(None, "BUSI-WHU as on Mendeley: table file,label.")
+    lesion_groups: str | None = option(None, "ISIC 2018: table image,lesion_id.")
+    drop_train_duplicates_of_test: bool = option(
+        False, "Leave out images that nearly equal one of the prescribed test images."
+    )
+    split: str | None = option(None, "A split.csv to reuse instead of making one, or the folds of btinet data split.")
+    fold: int | None = option(None, "With folds in --split: the one to test (or to validate, if a test part is given).")
     groups: str | None = option(
         None,
         "CSV group,image of images that must stay together; without it near-duplicates are searched for.",

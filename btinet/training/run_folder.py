@@ -27,6 +27,7 @@ METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "curves.png"
 ENVIRONMENT_NAME = "environment.json"
 
+_DATA_PATHS = ("data", "manifest", "curated", "labels", "lesion_groups")
 _PACKAGES = ("btinet-kernels", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "pillow")
 
 
@@ -39,8 +40,11 @@ def claim(folder: Path) -> None:
 
 
 def write_config(folder: Path, options: TrainOptions, recipe: Recipe) -> None:
-    """Write the options, with the data's absolute path and the whole recipe, as YAML that ``--config`` reads back."""
-    content = asdict(options) | {"data": str(Path(options.data).resolve()), "recipe": asdict(recipe)}
+    """Write the options, with absolute paths of the data and the whole recipe, as YAML that ``--config`` reads back."""
+    content = asdict(options) | {"recipe": asdict(recipe)}
+    for name in _DATA_PATHS:
+        if content[name] is not None:
+            content[name] = str(Path(content[name]).resolve())
     write_text(folder / CONFIG_NAME, yaml.safe_dump(content, sort_keys=False))
 
 

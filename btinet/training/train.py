@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +18,19 @@ from btinet.data import (
     SPLITS,
     Augmentation,
     Collection,
+    DataSource,
     EpochBatches,
     Sample,
     SegmentationDataset,
+    check_files,
     check_trainable,
     default_preprocessing,
     near_duplicate_groups,
-    read_collection,
     read_groups,
     read_split,
     split_collection,
+    straddling_groups,
+    without_prescribed,
     write_groups,
     write_split,
 )
@@ -57,11 +61,18 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
     folder = Path(options.out)
     run_folder.claim(folder)
 
-    collection = read_collection(Path(options.data), options.dataset)
+    collection = DataSource.from_options(asdict(options)).read()
     check_trainable(collection)
     split, groups, found_groups = _split(options, collection)
     parts = {part: [s for s in collection.samples if split[s.id] == part] for part in SPLITS}
     _announce(console, collection, parts, groups)
+    leaks = straddling_groups(split, found_groups)
+    if leaks:
+        console.print(
+            f"  [bold]{len(leaks)} group(s) of near-duplicates lie on both sides of the prescribed split[/bold], "
+            f"such as {' and '.join(next(iter(leaks.values()))[:2])}; btinet data check lists them, "
+            "--drop-train-duplicates-of-test leaves out those of test"
+        )
     if len(parts["train"]) < 2 or not parts["val"]:
         raise UserError(
             f"{options.data}: the split leaves {len(parts['train'])} images for training and {len(parts['val'])} for "
@@ -79,6 +90,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
         seed=options.seed,
         mask_threshold=options.mask_threshold,
     )
+    check_files(parts["test"], options.channels, options.mask_threshold)  # what would spoil the evaluation shows now
     val_set = SegmentationDataset(parts["val"], preprocessing, mask_threshold=options.mask_threshold)
     if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
         raise UserError(
@@ -119,7 +131,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
     run_folder.write_environment(folder, device, precision)
     write_split(folder / run_folder.SPLIT_NAME, collection, split, groups)
     if found_groups:
-        write_groups(folder / run_folder.GROUPS_NAME, found_groups)
+        write_groups(folder / run_folder.GROUPS_NAME, groups)
 
     session = Session(
         options=options,
@@ -165,6 +177,8 @@ def _check(options: TrainOptions) -> None:
     for name in ("lr", "stage2_lr"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be positive.")
+    if options.fold is not None and options.split is None:
+        raise UserError(f"--fold {options.fold}: needs the folds to choose from; give them with --split FILE.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
 
@@ -187,15 +201,16 @@ def _losses(recipe: Recipe) -> LossOptions:
 
 
 def _split(options: TrainOptions, collection: Collection) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """The split, the groups it respects, and those of them that were searched for."""
+    """The split, the groups it respects, and the near-duplicates where they were searched for."""
     groups: dict[str, str] = {}
     found: dict[str, str] = {}
     if options.groups is not None:
         groups = read_groups(Path(options.groups))
-    elif options.split is None:
-        groups = found = near_duplicate_groups(collection.samples)
+    elif options.split is None and options.manifest is None:  # both say which images belong together
+        found = near_duplicate_groups(collection.samples)
+        groups = without_prescribed(collection.samples, found)
     if options.split is not None:
-        return read_split(Path(options.split), collection), groups, found
+        return read_split(Path(options.split), collection, options.fold), groups, found
     return split_collection(collection, groups, seed=options.seed), groups, found
 
 
