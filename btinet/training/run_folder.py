@@ -38,9 +38,7 @@ def claim(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; give a folder.")
     if (folder / CONFIG_NAME).is_file():
-        raise UserError(
-            f"--out {folder}: is not empty, but holds a run; choose a new folder or continue with --resume."
-        )
+        raise UserError(f"--out {folder}: is not empty but holds a run; choose a new folder, or --resume this one.")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out {folder}: is not empty; choose a new folder or empty this one.")
 
