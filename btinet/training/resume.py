@@ -118,7 +118,8 @@ def random_states(fabric: Fabric) -> dict[str, Tensor]:
 
 def restore_random_states(states: dict[str, Tensor], fabric: Fabric) -> None:
     """Put this process's generators back."""
-    own = {name: tensor[fabric.global_rank].contiguous() for name, tensor in states.items()}
+    # Copies: torch.set_rng_state reads a view from the start of its storage.
+    own = {name: tensor[fabric.global_rank].clone() for name, tensor in states.items()}
     *numbers, gauss = own["python"].tolist()
     random.setstate((3, tuple(map(int, numbers)), None if math.isnan(gauss) else gauss))
     *keys, position, has_gauss, gauss = own["numpy"].tolist()

@@ -116,11 +116,9 @@ def test_a_killed_process_resumes_bit_for_bit(ultrasound: Path, tmp_path: Path) 
     assert list(broken.glob(".stage1-*"))  # killed while it was written
     assert not (broken / "stage1.pt").exists()
     for moment in (
-        lambda: (broken / "metrics.jsonl").exists(),
         lambda: list(broken.glob(".model-*")),
         lambda: list(broken.glob(".stage1-*")),
         lambda: list(broken.glob(".stage2-*")),
-        lambda: (broken / "stage2.pt").exists(),
         lambda: len(rows(broken)) == 3,
     ):
         process = start("--resume", broken)
@@ -146,7 +144,9 @@ def kill(process: subprocess.Popen[bytes], moment: Any) -> None:
 @pytest.mark.parametrize("patience", [22, pytest.param(1, marks=pytest.mark.slow)])
 def test_extension_is_the_same_whenever_it_is_asked_for(ultrasound: Path, tmp_path: Path, patience: int) -> None:
     """Two more epochs, asked for at the start, after the end, and one by one; with and without early stopping."""
-    plain = {"epochs": 2 if patience > 2 else 5, "stage2_epochs": 1, "patience": patience}
+    plain = {"epochs": 2, "stage2_epochs": 1}
+    if patience == 1:  # too slow to improve
+        plain = {"epochs": 5, "stage2_epochs": 1, "patience": patience, "lr": 1e-8}
     at_once = train(options(ultrasound, tmp_path / "at_once", **plain, extend_epochs=2))
     later = train(options(ultrasound, tmp_path / "later", **plain))
     before = rows(later)
@@ -161,7 +161,7 @@ def test_extension_is_the_same_whenever_it_is_asked_for(ultrasound: Path, tmp_pa
     if patience == 22:
         assert rates[-2:] == pytest.approx([0.03 * 1e-3] * 2)
     else:
-        assert len(first) < 7
+        assert len(first) == 4
 
 
 def test_a_finished_run_is_left_alone(ultrasound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
