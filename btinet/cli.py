@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from btinet import __version__
 from btinet.allocator import keep_pages
@@ -59,11 +59,22 @@ def _in_flags(message: str) -> str:
 
 
 def _train(options: Namespace) -> None:
-    from btinet.training.train import train
+    from btinet.training.train import resume, train
 
     values = options.as_dict()
     values.pop("config")
-    train(TrainOptions(**values))
+    run = values.pop("resume")
+    if run is None:
+        for name in ("data", "out"):
+            if values[name] is None:
+                raise UserError(f"train needs {_flag(name)}, or --resume with the folder of a run.")
+        train(TrainOptions(**values))
+        return
+    defaults = {option.name: None if option.default is MISSING else option.default for option in fields(TrainOptions)}
+    given = [_flag(name) for name in values if name != "extend_epochs" and values[name] != defaults[name]]
+    if given:
+        raise UserError(f"--resume takes the options of the run from its config.yaml; leave out {', '.join(given)}.")
+    resume(run, values["extend_epochs"])
 
 
 def _evaluate(options: Namespace) -> None:
@@ -150,14 +161,21 @@ def _train_parser() -> ArgumentParser:
     parser = _sub("Train a network in two stages.")
     parser.add_argument("--config", action="config", help="YAML file of these options, e.g. a run's config.yaml.")
     hints = get_type_hints(TrainOptions)
+    parser.add_argument(
+        "--resume",
+        type=Path | None,
+        default=None,
+        help="Folder of an interrupted run to continue with its own options; only --extend-epochs may be added.",
+    )
     for option in fields(TrainOptions):
-        required = option.default is MISSING
-        parser.add_argument(
-            _flag(option.name),
-            type=hints[option.name],
-            help=option.metadata["help"],
-            **({"required": True} if required else {"default": option.default}),
-        )
+        if hints[option.name] is bool:
+            kind: dict[str, Any] = {"action": ActionYesNo(no_prefix="no-")}
+        elif option.default is MISSING:
+            kind = {"type": hints[option.name] | None}  # required unless --resume is given
+        else:
+            kind = {"type": hints[option.name]}
+        default = None if option.default is MISSING else option.default
+        parser.add_argument(_flag(option.name), default=default, help=option.metadata["help"], **kind)
     return parser
 
 

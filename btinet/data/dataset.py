@@ -184,22 +184,29 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     Args:
         length: number of items, ``len(dataset)``.
         batch_size: items per batch, at least 1.
-        shuffle: True: a permutation that depends on (seed, epoch) only, and a last batch of one item is
-            merged into the one before it (batch normalisation of vectors needs two). False: in order, nothing
-            merged.
+        shuffle: True: a permutation that depends on (seed, epoch) only, and a last batch that would leave a process
+            with one item is merged into the one before it (batch normalisation of vectors needs two). False: in
+            order, nothing merged.
         seed: of the permutation, not negative.
+        rank: which of ``processes`` this is.
+        processes: how many share the items. Shuffled, each step takes ``processes`` · ``batch_size`` items and gives
+            every process its share of them; in order, the processes take whole batches in turn.
 
     Raises:
         UserError: ``batch_size`` below 1.
     """
 
-    def __init__(self, length: int, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
+    def __init__(
+        self, length: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, processes: int = 1
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size: found {batch_size}, expected at least 1.")
         self.length = length
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.rank = rank
+        self.processes = processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -207,20 +214,23 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
 
     def _starts(self) -> list[int]:
-        starts = list(range(0, self.length, self.batch_size))
-        alone = self.batch_size > 1 and len(starts) > 1 and self.length % self.batch_size == 1
-        return starts[:-1] if self.shuffle and alone else starts
+        step = self.batch_size * self.processes if self.shuffle else self.batch_size
+        starts = list(range(0, self.length, step))
+        too_few = self.batch_size > 1 and len(starts) > 1 and self.length - starts[-1] < 2 * self.processes
+        return starts[:-1] if self.shuffle and too_few else starts
 
     def __len__(self) -> int:
-        return len(self._starts())
+        return len(self._starts()) if self.shuffle else len(self._starts()[self.rank :: self.processes])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = self.epoch, list(range(self.length))
         if self.shuffle:
             generator = torch.Generator().manual_seed(_mixed_seed(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
-        for start, stop in pairwise([*self._starts(), self.length]):
-            yield [(index, epoch) for index in order[start:stop]]
+        batches = [[(i, epoch) for i in order[a:b]] for a, b in pairwise([*self._starts(), self.length])]
+        if self.shuffle:
+            return iter([batch[self.rank :: self.processes] for batch in batches])
+        return iter(batches[self.rank :: self.processes])
 
 
 def _transform(augmentation: Augmentation) -> v2.Transform:

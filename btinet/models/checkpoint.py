@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from btinet.data.preprocessing import Preprocessing
 from btinet.errors import UserError
@@ -33,9 +35,16 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str], model: BTINet, classes: tuple[str, ...], preprocessing: Preprocessing
+    folder: str | os.PathLike[str],
+    model: BTINet,
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write both files into ``folder``, each whole or not at all; raises ``UserError`` when it cannot."""
+    """Write both files into ``folder``, each whole or not at all; raises ``UserError`` when it cannot.
+
+    ``weights``: a ``state_dict`` of the model to save in place of its present one.
+    """
     if model.batchnorms_left is not None:
         raise UserError("a fused network is no checkpoint; save the one that fuse() was called on.")
     folder = Path(folder)
@@ -45,8 +54,9 @@ def save_checkpoint(
         "classes": list(classes),
         "preprocessing": preprocessing.to_dict(),
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_path(folder / WEIGHTS_NAME) as temporary:
+    weights = model.state_dict() if weights is None else weights
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_path(folder / WEIGHTS_NAME, durable=True) as temporary:
         try:
             save_file(state, temporary)
         except SafetensorError as error:  # its form of an OSError
