@@ -146,7 +146,9 @@ def test_train_and_evaluate_on_a_fold(publish: Callable[[str], Any], tmp_path: P
         assert {row["image"] for row in csv.DictReader(file)} == tested
 
 
-def test_options_of_the_data_are_repeated_by_evaluate(publish: Callable[[str], Any], tmp_path: Path) -> None:
+def test_options_of_the_data_are_repeated_by_evaluate(
+    publish: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A curated list and a manifest are in the run's config, with absolute paths."""
     busi = publish("busi")
     curated = tmp_path / "curated.csv"
@@ -156,10 +158,12 @@ def test_options_of_the_data_are_repeated_by_evaluate(publish: Callable[[str], A
     model += ["--stage2-epochs", "0"]
     manifest = tmp_path / "m.json"
     assert main(["data", "check", str(busi.root), "--curated", str(curated), "--out", str(manifest)]) == 0
-    for name, flags in (("a", ["--curated", str(curated)]), ("b", ["--manifest", str(manifest)])):
+    for name, flags in (("a", ["--curated", curated.name]), ("b", ["--manifest", manifest.name])):
+        monkeypatch.chdir(tmp_path)
         out = tmp_path / name
         assert main(["train", "--data", str(busi.root), "--out", str(out), *model, *flags]) == 0
         assert len((out / "split.csv").read_text().splitlines()) == 16
+        monkeypatch.chdir("/")
         assert main(["evaluate", str(out)]) == 0
     other = ["evaluate", str(out), "--data", str(busi.root), "--split", "all", "--out", str(tmp_path / "all")]
     for more, lines in (([], 19), (["--manifest", str(manifest)], 16)):
