@@ -119,15 +119,19 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
     size = (options.image_size, options.image_size)
     preprocessing = default_preprocessing(size, options.channels, recipe.double_scaling)
     augmentation = Augmentation(copies=recipe.offline_copies, elastic=recipe.elastic)
+    memory_share = 0.5 / fabric.world_size
     train_set = SegmentationDataset(
         parts["train"],
         preprocessing,
         augmentation=augmentation,
         seed=options.seed,
         mask_threshold=options.mask_threshold,
+        memory_share=memory_share,
     )
     check_files(parts["test"], options.channels, options.mask_threshold)  # what would spoil the evaluation shows now
-    val_set = SegmentationDataset(parts["val"], preprocessing, mask_threshold=options.mask_threshold)
+    val_set = SegmentationDataset(
+        parts["val"], preprocessing, mask_threshold=options.mask_threshold, memory_share=memory_share
+    )
     if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
         raise UserError(
             f"{options.data}: no validation image shows a lesion at {size[0]}×{size[1]}, so no model can be selected "
