@@ -59,7 +59,7 @@ def write_state(folder: Path, state: RunState) -> None:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's form of an OSError
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
 
 
 def read_state(folder: Path, extending: bool) -> RunState | None:
