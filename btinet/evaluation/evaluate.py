@@ -30,7 +30,7 @@ from btinet.evaluation.segmentation import (
 )
 from btinet.evaluation.tables import write_csv, write_json
 from btinet.models.checkpoint import load_checkpoint
-from btinet.serving.predictor import Predictor, signal_columns
+from btinet.serving.predictor import Precision, Predictor, signal_columns
 
 CASES_PER_ROW = 3
 
@@ -53,6 +53,7 @@ class EvaluateOptions:
         batch_size: images per forward pass.
         hd95_empty: HD95 of an image where exactly one mask is empty: the image diagonal, infinity, or left
             out.
+        precision: "float32" or "bfloat16"; see ``Predictor``.
     """
 
     run: Path
@@ -64,6 +65,7 @@ class EvaluateOptions:
     device: str = "auto"
     batch_size: int = 8
     hd95_empty: HD95Empty = "diagonal"
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Summary:
 
     Attributes:
         run, data, out: folders (``data`` may be a CSV file).
-        split, eval_size, hd95_empty: as in ``EvaluateOptions``.
+        split, eval_size, hd95_empty, precision: as in ``EvaluateOptions``.
         images: number of images evaluated.
         image_size: height and width of the network's input.
         threshold: lesion probability above which a pixel is lesion.
@@ -90,6 +92,7 @@ class Summary:
     image_size: tuple[int, int]
     threshold: float
     hd95_empty: str
+    precision: str
     segmentation: SegmentationSummary
     classification: ClassificationScores | None
     baselines: dict[str, dict[str, float]]
@@ -118,7 +121,7 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
     if options.batch_size < 1:
         raise UserError(f"batch size {options.batch_size}: expected at least 1.")
     folder = options.run if options.run.is_dir() else options.run.parent
-    predictor = Predictor(load_checkpoint(options.run), options.device)
+    predictor = Predictor(load_checkpoint(options.run), options.device, precision=options.precision)
     data, dataset, mask_threshold = _data_source(options, folder)
     collection = read_collection(data, dataset, classes=predictor.classes)
     samples = _chosen_samples(options.split, folder, collection)
@@ -140,6 +143,7 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
         image_size=predictor.preprocessing.image_size,
         threshold=predictor.threshold,
         hd95_empty=options.hd95_empty,
+        precision=options.precision,
         segmentation=summarise_segmentation([result.scores for result in results]),
         classification=classification_scores(labels, probabilities, classes) if labelled else None,
         baselines=_baselines(results),

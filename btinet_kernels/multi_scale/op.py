@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from btinet_kernels.backends import choose, serving
+from btinet_kernels.backends import choose, kernels_for
 from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, no_double_backward, schema_of
 from btinet_kernels.interaction.reference import over_space
 from btinet_kernels.multi_scale import reference
@@ -254,22 +254,14 @@ class _MultiScale(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def _backend_of(x: Tensor) -> str:
-    """``native`` or ``triton``; also in the backward of what kernels served before the reference was asked for."""
-    backend = serving(x, operator=OPERATOR)[0]
-    if backend == "reference":
-        return "native" if x.device.type == "cpu" else "triton"
-    return backend
-
-
 def _passes_for(x: Tensor) -> Any:
     """The module whose kernels take x."""
-    return import_module(f"btinet_kernels.multi_scale.{_backend_of(x)}")
+    return import_module(f"btinet_kernels.multi_scale.{kernels_for(x, OPERATOR)}")
 
 
 def _mean(x: Tensor) -> Tensor:
     """``[B, C]``, over the positions, by the interaction's pass."""
-    passes = import_module(f"btinet_kernels.interaction.{_backend_of(x)}")
+    passes = import_module(f"btinet_kernels.interaction.{kernels_for(x, OPERATOR)}")
     return passes.statistics(x, None, variance=False, edges=False).mean
 
 
