@@ -102,6 +102,12 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(folder / METRICS_NAME, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def count_metrics(folder: Path) -> int:
+    """The epochs in the metrics of a run; 0 when there are none."""
+    file = folder / METRICS_NAME
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
 def draw_curves(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draw losses and validation scores over the epochs of both stages."""
     figure = curves_figure(rows)

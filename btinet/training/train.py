@@ -78,7 +78,7 @@ def resume(folder: Path, extend_epochs: int = 0, console: Console | None = None)
     _check(options)
     state = read_state(folder, extending=extend_epochs > 0)
     console = _console(console)
-    if state is not None and state.stage == _last_stage(options) and state.is_over(_extra_epochs(state, options)):
+    if state is not None and _is_finished(folder, state, options):
         console.print(f"nothing to do: the run in {folder} is finished; --extend-epochs N trains it longer.")
         return folder
     return _run(options, console, resuming=True, state=state)
@@ -215,12 +215,11 @@ def _console(console: Console | None) -> Console:
     return console or Console(highlight=False, soft_wrap=True)
 
 
-def _last_stage(options: TrainOptions) -> int:
-    return 2 if options.stage2_epochs and "gated" in options.interaction else 1
-
-
-def _extra_epochs(state: RunState, options: TrainOptions) -> int:
-    return options.extend_epochs if state.stage == 1 else 0
+def _is_finished(folder: Path, state: RunState, options: TrainOptions) -> bool:
+    last_stage = 2 if options.stage2_epochs and "gated" in options.interaction else 1
+    over = state.is_over(options.extend_epochs if state.stage == 1 else 0)
+    # The metrics of an epoch are written after its state and its model.
+    return state.stage == last_stage and over and run_folder.count_metrics(folder) == len(state.rows)
 
 
 def _check(options: TrainOptions) -> None:

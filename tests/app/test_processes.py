@@ -28,7 +28,8 @@ SMALL: dict[str, Any] = {
 }
 
 # Dropout draws other numbers in each process, and BatchNorm sees each process's images alone: without both, the
-# processes must do what one process with all images does. Plain descent, because Adam hardly sees how long gradients are.
+# processes must do what one process with all images does. Plain descent, because Adam hardly sees how long a gradient
+# is.
 QUIET = """
 import torch
 from torch import nn

@@ -142,15 +142,22 @@ def kill(process: subprocess.Popen[bytes], moment: Any) -> None:
 
 
 @pytest.mark.parametrize("patience", [22, pytest.param(1, marks=pytest.mark.slow)])
-def test_extension_is_the_same_whenever_it_is_asked_for(ultrasound: Path, tmp_path: Path, patience: int) -> None:
-    """Two more epochs, asked for at the start, after the end, and one by one; with and without early stopping."""
+def test_extension_is_the_same_whenever_it_is_asked_for(
+    ultrasound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int
+) -> None:
+    """Two more epochs, asked for at the start, or one by one after the end, the first interrupted."""
     plain = {"epochs": 2, "stage2_epochs": 1}
     if patience == 1:  # too slow to improve
         plain = {"epochs": 5, "stage2_epochs": 1, "patience": patience, "lr": 1e-8}
     at_once = train(options(ultrasound, tmp_path / "at_once", **plain, extend_epochs=2))
     later = train(options(ultrasound, tmp_path / "later", **plain))
     before = rows(later)
-    resume(later, extend_epochs=1)
+    killer = Killer(monkeypatch)
+    killer.step = 2
+    with pytest.raises(Killed):
+        resume(later, extend_epochs=1)
+    resume(later)
+    assert len(rows(later)) == len(before) + 1
     resume(later, extend_epochs=1)
     assert_same_runs(at_once, later)
     first = [row for row in rows(later) if row["stage"] == 1]
@@ -170,6 +177,16 @@ def test_a_finished_run_is_left_alone(ultrasound: Path, tmp_path: Path, capsys: 
     assert main(["train", "--resume", str(run)]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
+
+
+def test_a_run_killed_before_its_last_model_was_written_is_not_finished(ultrasound: Path, tmp_path: Path) -> None:
+    run = train(options(ultrasound, tmp_path / "run", epochs=1, stage2_epochs=0))
+    model, metrics = (run / "model.safetensors").read_bytes(), (run / "metrics.jsonl").read_text()
+    (run / "model.safetensors").unlink()
+    (run / "metrics.jsonl").unlink()
+    resume(run)
+    assert (run / "model.safetensors").read_bytes() == model
+    assert (run / "metrics.jsonl").read_text() == metrics
 
 
 def test_a_run_can_be_moved_and_keeps_its_split(ultrasound: Path, tmp_path: Path) -> None:
