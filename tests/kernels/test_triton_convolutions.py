@@ -230,6 +230,14 @@ class TestBatchNorm:
         ours, exact = (norm.fused(x, torch.ones_like(x), backend) for backend in ("triton", "reference"))
         assert all(torch.equal(ours[name].isfinite(), right.isfinite()) for name, right in exact.items())
 
+    def test_nothing_passes_a_relu_at_zero(self) -> None:
+        norm, x = Norm(4, "relu"), dense((2, 4, 3, 5), "rows")
+        for name in ("weight", "bias"):
+            norm.vectors[name].zero_()
+        found = norm.fused(x, x)
+        assert not found["d_weight"].any()
+        assert not found["d_bias"].any()
+
     def test_repeats_are_bit_identical(self) -> None:
         norm, x = Norm(17), dense((2, 17, 9, 4), "rows")
         first, second = (norm.fused(x, x) for _ in range(2))
