@@ -28,6 +28,7 @@ def network_report(results: Path) -> str:
         machine = measured[0]["machine"]
         parts.append(f"## {machine['cpu']}, {machine['cores']} cores\n")
         parts.append(f"torch {machine['torch']}, {machine['allocator']}, {machine['date']}.\n")
+        parts += [_peak_rates(m) for m in measured]
         for cases in (m["cases"] for m in measured):
             parts.append(_table(case for case in cases if "operator" in case))
             parts.append(_network_table(case for case in cases if "operator" not in case))
@@ -122,6 +123,16 @@ def _peaks(cases: Iterable[Case]) -> str:
         if (peaks := case.get("peak_mib"))
     ]
     return "Peak resident memory of a process that takes three steps:\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _peak_rates(measured: dict[str, Any]) -> str:
+    """What the processor could compute, at the time of the measurement."""
+    rates = measured.get("peak_gflop_per_s")
+    if not rates:
+        return ""
+    what = "modules" if "operator" in measured["cases"][0] else "network"
+    listed = ", ".join(f"{name.replace('_', ' ')} {rate:.0f}" for name, rate in rates.items())
+    return f"Peak rates after the measurement of the {what}, GFLOP/s: {listed}.\n"
 
 
 def _spread(summary: dict[str, float] | None) -> str:
