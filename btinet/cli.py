@@ -1,4 +1,4 @@
-"""The command line: ``btinet train | evaluate | predict | demo | models | backends``.
+"""The command line: ``btinet train | evaluate | predict | convert | demo | models | backends``.
 
 Exit codes: 0 done, 2 the input cannot be used (one sentence on standard error), 130 interrupted.
 """
@@ -79,6 +79,28 @@ def _predict(options: Namespace) -> None:
     print(f"{len(rows)} image{'s' * (len(rows) != 1)} predicted, written to {options.out}")
 
 
+def _convert(options: Namespace) -> None:
+    from btinet.models.convert import export_keras, import_keras
+
+    if (options.out is None) == (options.to_keras is None):
+        raise UserError(
+            "convert: give either --out FOLDER, to read Keras's file, or --to-keras FILE.npz, to write one."
+        )
+    if options.to_keras is not None:
+        if options.classes is not None or options.image_size is not None:
+            raise UserError("convert: --to-keras takes classes and image size from the run; leave the options out.")
+        done = export_keras(options.source, options.to_keras)
+    else:
+        classes = None if options.classes is None else options.classes.split(",")
+        size = None if options.image_size is None else (options.image_size, options.image_size)
+        done = import_keras(options.source, options.out, classes, size)
+    height, width = done.image_size
+    print(
+        f"{done.variables} variables converted, classes {', '.join(done.classes)}, images {height}×{width}, "
+        f"written to {done.file}"
+    )
+
+
 def _demo(options: Namespace) -> None:
     from btinet.demo import run_demo
 
@@ -104,6 +126,7 @@ _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "convert": _convert,
     "demo": _demo,
     "models": _models,
     "backends": _backends,
@@ -122,6 +145,7 @@ def _parser() -> ArgumentParser:
         ("train", _train_parser),
         ("evaluate", _evaluate_parser),
         ("predict", _predict_parser),
+        ("convert", _convert_parser),
         ("demo", _demo_parser),
         ("models", _models_parser),
         ("backends", _backends_parser),
@@ -183,6 +207,28 @@ def _predict_parser() -> ArgumentParser:
         "--threshold", type=float, default=0.5, help="Lesion probability above which a pixel is lesion."
     )
     _add_device_and_batch(parser)
+    return parser
+
+
+def _convert_parser() -> ArgumentParser:
+    parser = _sub("Take over an official Keras checkpoint of BTI-Net, or write one's variables.")
+    parser.add_argument("source", type=Path, help="Keras's .keras, .weights.h5 or .h5 file, or a run with --to-keras.")
+    parser.add_argument("--out", type=Path | None, default=None, help="Folder for the converted checkpoint.")
+    parser.add_argument(
+        "--to-keras",
+        type=Path | None,
+        default=None,
+        help="Write the run's weights as Keras's variables into this .npz.",
+    )
+    parser.add_argument(
+        "--classes",
+        type=str | None,
+        default=None,
+        help="Class names in the order of the outputs, separated by commas; default: the official data set's.",
+    )
+    parser.add_argument(
+        "--image-size", type=int | None, default=None, help="Side of the images; default: as the file says, else 224."
+    )
     return parser
 
 

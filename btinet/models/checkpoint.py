@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,16 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str], model: BTINet, classes: tuple[str, ...], preprocessing: Preprocessing
+    folder: str | os.PathLike[str],
+    model: BTINet,
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write both files into ``folder``, each whole or not at all; raises ``UserError`` when it cannot."""
+    """Write both files into ``folder``, each whole or not at all; raises ``UserError`` when it cannot.
+
+    ``extra``: further entries of ``config.json``, which ``load_checkpoint`` hands on in ``Checkpoint.config``.
+    """
     if model.batchnorms_left is not None:
         raise UserError("a fused network is no checkpoint; save the one that fuse() was called on.")
     folder = Path(folder)
@@ -44,6 +52,7 @@ def save_checkpoint(
         "model": model.config.to_dict(),
         "classes": list(classes),
         "preprocessing": preprocessing.to_dict(),
+        **(extra or {}),
     }
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
