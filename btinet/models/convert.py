@@ -17,7 +17,7 @@ from btinet.models.factory import build_model
 from btinet.models.keras_files import KERAS_SCALES, KerasFile, Scales, StoredVariable, open_keras, write_arrays
 from btinet.models.keras_names import KerasVariable, identities
 from btinet.models.keras_network import BACKBONE, official_variables
-from btinet.models.network import OFFICIAL_DECODER_CHANNELS, BTINet, BTINetConfig
+from btinet.models.network import OFFICIAL_DECODER_CHANNELS, BTINetConfig
 
 # Of the official data sets, which their number tells apart: BUSI, BRISC, HAM10000.
 OFFICIAL_CLASSES = {
@@ -25,6 +25,7 @@ OFFICIAL_CLASSES = {
     4: ("glioma", "meningioma", "pituitary", "no_tumor"),
     7: ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"),
 }
+_INPUT_SHAPES = {"normalization/mean": (3,), "normalization/variance": (3,), "normalization/count": ()}
 _OUTPUT = "classification_output/kernel"
 _LOADER_SCALE = 1 / 255  # of the official loaders; the network scales once more
 _SMALLEST_DEVIATION = 1e-7  # Keras's Normalization divides by no less
@@ -73,8 +74,10 @@ def import_keras(
     official = official_variables()
     with open_keras(file, official) as stored:
         count = next((v.shape[-1] for v in stored.variables if v.identity.endswith(_OUTPUT) and v.shape), 3)
-        model = build_model(BTINetConfig(BACKBONE, count)).eval()
-        values = {v.name: held.read() for v, held in _matched(stored, official, model, file)}
+        with torch.device("meta"):  # every weight comes from the file
+            model = build_model(BTINetConfig(BACKBONE, count))
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        values = {v.name: held.read() for v, held in _matched(stored, official, shapes, file)}
     names = _class_names(classes or stored.classes, count, file)
     size = image_size or stored.image_size or _DEFAULT_SIZE
     if min(size) < _SMALLEST_SIDE:
@@ -85,11 +88,9 @@ def import_keras(
     mean, variance = values["normalization/mean"], values["normalization/variance"]
     scales = stored.scales or _usual_scales(mean, variance)
     preprocessing = _preprocessing(mean, variance, scales, size)
-    state = model.state_dict()
-    for variable in official:
-        if variable.ours:
-            value = variable.to_ours(values[variable.name], state[variable.ours].shape)
-            state[variable.ours].copy_(torch.from_numpy(value))
+    state = {v.ours: torch.from_numpy(v.to_ours(values[v.name], shapes[v.ours])) for v in official if v.ours}
+    counters = {name: torch.tensor(0) for name in shapes if name.endswith("num_batches_tracked")}  # Keras has none
+    model.load_state_dict(state | counters, assign=True)
     save_checkpoint(out, model, names, preprocessing, {_SCALES_KEY: scales})
     return Conversion(out, len(official), names, size)
 
@@ -124,15 +125,10 @@ def export_keras(run: Path, file: Path) -> Conversion:
 
 
 def _matched(
-    stored: KerasFile, official: Sequence[KerasVariable], model: BTINet, file: Path
+    stored: KerasFile, official: Sequence[KerasVariable], ours: Mapping[str, tuple[int, ...]], file: Path
 ) -> list[tuple[KerasVariable, StoredVariable]]:
     """Every official variable with the stored one; raises ``UserError`` unless they are the same, one by one."""
-    state = model.state_dict()
-    of_input = {"normalization/count": ()}
-    shapes = {
-        v.name: v.keras_shape(state[v.ours].shape) if v.ours else of_input.get(v.name, (model.config.in_chans,))
-        for v in official
-    }
+    shapes = {v.name: v.keras_shape(ours[v.ours] if v.ours else _INPUT_SHAPES[v.name]) for v in official}
     identity = identities(shapes)
     found: dict[str, StoredVariable] = {}
     unexpected = []
@@ -145,11 +141,11 @@ def _matched(
     missing, misshapen, pairs = [], [], []
     for variable in official:
         match, shape = found.get(identity[variable.name]), list(shapes[variable.name])
-        ours = variable.ours or "preprocessing"
+        place = variable.ours or "preprocessing"
         if match is None:
-            missing.append(f"{variable.name} {shape} → {ours}")
+            missing.append(f"{variable.name} {shape} → {place}")
         elif list(match.shape) != shape:
-            misshapen.append(f"{match.path} {list(match.shape)}, expected {shape} → {ours}")
+            misshapen.append(f"{match.path} {list(match.shape)}, expected {shape} → {place}")
         else:
             pairs.append((variable, match))
     if missing or unexpected or misshapen:

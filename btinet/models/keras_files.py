@@ -7,7 +7,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _WEIGHTS_IN_ARCHIVE = "model.weights.h5"
 _LAYERS = ("layers", "_layer_checkpoint_dependencies")  # the latter in Keras 2.12 and 2.13
 _LATER_GATE = "supervised_reliability_gate"  # what the authors' later release calls uncertainty_proxy_attention
-_RANDOM_STATE = "seed_generator"  # of a dropout layer
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,13 @@ class StoredVariable:
         return tuple(self.data.shape)
 
     def read(self) -> np.ndarray:
-        """Its values in float32; raises ``UserError`` for anything but plain numbers."""
+        """Its values in float32; raises ``UserError`` for anything but plain numbers, and where the file is damaged."""
         if self.data.dtype.kind not in "fiu":
             raise UserError(f"{self.path}: holds {self.data.dtype}, expected float32; save the network in float32.")
-        return np.asarray(self.data[()], dtype=np.float32)
+        try:
+            return np.asarray(self.data[()], dtype=np.float32)
+        except OSError as error:
+            raise UserError(f"{self.path}: could not be read ({_first_line(error)}); get the file again.") from error
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class KerasFile:
     """What a checkpoint says of a network; None where it says nothing.
 
     Attributes:
-        variables: without those of optimizers and random generators.
+        variables: without those of optimizers.
         image_size: height and width of the input.
         scales: of the input.
         classes: names, in the order of the outputs; only a file of ours knows them.
@@ -83,35 +85,41 @@ def open_keras(path: Path, official: Sequence[KerasVariable]) -> Iterator[KerasF
     Raises:
         UserError: no such file, damaged, or of another kind; h5py is missing.
     """
+    with ExitStack() as stack:
+        try:
+            file = _open(path, official, stack)
+        except UserError:
+            raise
+        except (OSError, RuntimeError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: damaged or cut off ({_first_line(error)}); get the file again.") from error
+        yield file
+
+
+def _open(path: Path, official: Sequence[KerasVariable], stack: ExitStack) -> KerasFile:
     try:
         with path.open("rb") as stream:
             signature = stream.read(len(_HDF5_SIGNATURE))
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror}); give a checkpoint of Keras.") from error
-    try:
-        if signature == _HDF5_SIGNATURE:
-            with _hdf5(path) as file:
-                yield _read_hdf5(file, _json(file.attrs.get("model_config", "{}")), official, path)
-        elif zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                if _WEIGHTS_IN_ARCHIVE in names:
-                    config = _json(archive.read("config.json"))
-                    with _hdf5(io.BytesIO(archive.read(_WEIGHTS_IN_ARCHIVE))) as file:
-                        yield _read_hdf5(file, config, official, path)
-                elif names and all(name.endswith(".npy") for name in names):
-                    yield _read_arrays(path, archive.comment)
-                else:
-                    raise UserError(
-                        f"{path}: an archive without {_WEIGHTS_IN_ARCHIVE}; expected what model.save('….keras') writes."
-                    )
-        else:
+    if signature == _HDF5_SIGNATURE:
+        file = stack.enter_context(_hdf5(path))
+        return _read_hdf5(file, _json(file.attrs.get("model_config", "{}")), official, path)
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path}: neither HDF5 nor an archive, or cut off; expected a .keras, .weights.h5 or .h5 file of Keras, or "
+            "an .npz of its variables."
+        )
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            return _read_arrays(path, archive.comment)
+        if _WEIGHTS_IN_ARCHIVE not in names:
             raise UserError(
-                f"{path}: neither HDF5 nor an archive, or cut off; expected a .keras, .weights.h5 or .h5 file of "
-                "Keras, or an .npz of its variables."
+                f"{path}: an archive without {_WEIGHTS_IN_ARCHIVE}; expected what model.save('….keras') writes."
             )
-    except (OSError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: damaged or cut off ({_first_line(error)}); get the file again.") from error
+        config = _json(archive.read("config.json"))
+        file = stack.enter_context(_hdf5(io.BytesIO(archive.read(_WEIGHTS_IN_ARCHIVE))))
+    return _read_hdf5(file, config, official, path)
 
 
 def _hdf5(source: Path | io.BytesIO) -> Any:
@@ -134,13 +142,13 @@ def _read_hdf5(file: Any, config: Mapping[str, Any], official: Sequence[KerasVar
             f"{path}: HDF5, but not of Keras: found {', '.join(list(file)[:5]) or 'nothing'} at its root, expected "
             "layers or model_weights."
         )
-    configs = config.get("config", {}).get("layers", [])
-    return KerasFile(variables, _image_size(configs), _scales(names, configs, path))
+    layers_of_config = config.get("config", {}).get("layers", [])
+    return KerasFile(variables, _image_size(layers_of_config), _scales(names, layers_of_config, path))
 
 
 def _read_layers(group: Any, official: Sequence[KerasVariable]) -> tuple[list[StoredVariable], list[str]]:
     """Keras 3, and 2.12 to 2.15: groups are called by class and order, and hold ``vars/0``, ``vars/1``, …"""
-    found = [(path, data) for path, data in _datasets(group) if _RANDOM_STATE not in path.split("/")]
+    found = _datasets(group)
     groups = {path.partition("/")[0] for path, _ in found}
     held = {name: group.get(f"{name}/vars") for name in groups}
     names = {name: of.attrs["name"] for name, of in held.items() if of is not None and "name" in of.attrs}
@@ -181,7 +189,7 @@ def _official_layers(groups: set[str], official: Sequence[KerasVariable]) -> dic
 
 def _read_legacy(group: Any) -> list[StoredVariable]:
     """``model.save('….h5')``, and weights of Keras 2: groups are called as the layers, and hold paths of variables."""
-    found = [(path, data) for path, data in _datasets(group) if _RANDOM_STATE not in path.split("/")]
+    found = _datasets(group)
     identity = identities(path for path, _ in found)
     return [StoredVariable(f"{group.name}/{path}".lstrip("/"), identity[path], data) for path, data in found]
 
@@ -233,7 +241,8 @@ def _datasets(group: Any) -> list[tuple[str, Any]]:
 def _image_size(layers: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
     for layer in layers:
         if layer.get("class_name") == "InputLayer":
-            shape = layer["config"].get("batch_shape") or layer["config"].get("batch_input_shape") or []
+            config = layer.get("config", {})
+            shape = config.get("batch_shape") or config.get("batch_input_shape") or []
             if len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[2], int):
                 return shape[1], shape[2]
     return None
@@ -241,8 +250,8 @@ def _image_size(layers: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
 
 def _scales(names: Sequence[str], layers: Sequence[Mapping[str, Any]], path: Path) -> Scales | None:
     """By the layers without variables, which all but the oldest files list; Keras 2 has an operation for the second."""
-    layers = [layer["config"] for layer in layers if layer.get("class_name") == "Rescaling"]
-    for config, scale in zip(layers, KERAS_SCALES, strict=False):
+    configs = [layer.get("config", {}) for layer in layers if layer.get("class_name") == "Rescaling"]
+    for config, scale in zip(configs, KERAS_SCALES, strict=False):
         if not np.allclose(config["scale"], scale) or np.any(config.get("offset", 0)):
             raise UserError(
                 f"{path}: its input is rescaled by {config['scale']}, expected {scale} without offset as in the "

@@ -93,6 +93,8 @@ def layer_identities(names: Iterable[str]) -> dict[str, str]:
 
 
 def _split(path: str) -> tuple[str, str, str]:
-    """Outermost layer, innermost layer and variable; Keras 2 ends the latter in ``:0``."""
+    """Outermost layer, innermost layer and variable, as Keras 3 would call it."""
     *layers, variable = path.removesuffix(":0").split("/")
+    if layers and layers[-1].endswith("_dwconv"):
+        variable = variable.removeprefix("depthwise_")
     return (layers[0], layers[-1], variable) if layers else ("", "", variable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from btinet.models import load_checkpoint
+from btinet.models import create_model, load_checkpoint
 from btinet.models.convert import import_keras
+from btinet.models.keras_files import KERAS_SCALES, KerasFile, open_keras, write_arrays
+from btinet.models.keras_names import identities
+from btinet.models.keras_network import official_variables
 
 Values = dict[str, np.ndarray]
 SIZE = 128  # the coarsest decoder level then has 8 rows, the fewest whose energy the official gate looks at
@@ -32,7 +36,9 @@ def windows(x: np.ndarray, width: int, stride: int, dilation: int) -> Iterator[t
     x = padded(x, width, stride, dilation)
     for i in range(width):
         for j in range(width):
-            rows, columns = (slice(k * dilation, k * dilation + n * stride, stride) for k, n in ((i, height), (j, breadth)))
+            rows, columns = (
+                slice(k * dilation, k * dilation + n * stride, stride) for k, n in ((i, height), (j, breadth))
+            )
             yield i, j, x[:, rows, columns][:, :height, :breadth]
 
 
@@ -196,3 +202,66 @@ class Official:
         clf = relu(self.dense(self.nth("", "dense", 0), np.concatenate(vectors, 1)))
         clf = self.norm(self.nth("", "batch_normalization", 0), clf)
         return self.conv("segmentation_output", seg), self.dense("classification_output", clf), gates
+
+
+def assert_close(ours: torch.Tensor, official: np.ndarray) -> None:
+    error = np.abs(ours.numpy() - official).max()
+    assert error <= 1e-5, f"largest difference {error:.1e}, of values up to {np.abs(official).max():.1f}"
+
+
+@pytest.mark.parametrize("imagenet", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_converted_network_computes_what_the_official_one_does(
+    official_values: Values, tmp_path: Path, imagenet: bool
+) -> None:
+    scales = KERAS_SCALES[: 1 + imagenet]
+    write_arrays(tmp_path / "official.npz", official_values, KerasFile([], (SIZE, SIZE), scales))
+    import_keras(tmp_path / "official.npz", tmp_path / "run")
+    checkpoint = load_checkpoint(tmp_path / "run")
+    pixels = np.random.default_rng(1).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    pixels[1] //= 3
+
+    seg, clf, gates = Official(official_values).network(pixels / 255, np.array(scales[1]) if imagenet else np.ones(3))
+
+    with torch.inference_mode():
+        output = checkpoint.model(checkpoint.preprocessing.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+    assert_close(output.seg_logits.permute(0, 2, 3, 1), seg)
+    assert_close(output.cls_logits, clf)
+    for ours, official in zip(output.gates.values(), gates, strict=True):
+        assert_close(ours, official)
+
+
+@pytest.mark.slow
+def test_keras_own_encoder(tmp_path: Path) -> None:
+    """The real EfficientNet-B4 of Keras 3, saved and loaded by Keras, and ours: the same maps."""
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", minversion="3")
+    random = np.random.default_rng(0)
+    image = keras.Input((SIZE, SIZE, 3))
+    net = keras.applications.EfficientNetB4(include_top=False, weights=None, input_tensor=image)
+    for variable in net.weights:
+        if not variable.path.startswith("normalization"):
+            positive = variable.path.endswith(("gamma", "moving_variance"))
+            spread = (
+                0.2
+                if variable.ndim == 1
+                else 1 / np.sqrt(np.prod(variable.shape[:-1]) / (variable.shape[2] if "dwconv" in variable.path else 1))
+            )
+            variable.assign(positive + spread * random.standard_normal(variable.shape).clip(-2, 2))
+    taps = ["block2a_expand_activation", "block3a_expand_activation", "block4a_expand_activation"]
+    taps += ["block6a_expand_activation", "top_activation"]
+    pixels = random.integers(0, 256, (1, SIZE, SIZE, 3)).astype(np.float32)
+    official = keras.Model(image, [net.get_layer(name).output for name in taps])(pixels)
+
+    net.save_weights(tmp_path / "encoder.weights.h5")
+    model = create_model("btinet_tf_efficientnet_b4", 3).eval()
+    encoder = [variable for variable in official_variables() if variable.ours.startswith("encoder.")]
+    identity = identities(variable.name for variable in official_variables())
+    with open_keras(tmp_path / "encoder.weights.h5", official_variables()) as file, torch.no_grad():
+        stored = {held.identity: held for held in file.variables}
+        for variable in encoder:
+            ours = model.state_dict()[variable.ours]
+            value = stored[identity[variable.name]].read()
+            ours.copy_(torch.from_numpy(variable.to_ours(value, ours.shape)))
+        maps = model.encoder(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    for ours, theirs in zip(maps, official, strict=True):
+        assert_close(ours.permute(0, 2, 3, 1), keras.ops.convert_to_numpy(theirs))
