@@ -1,4 +1,4 @@
-"""The command line: ``btinet train | evaluate | predict | data | demo | models | backends``.
+"""The command line: ``btinet train | evaluate | predict | convert | data | demo | models | backends``.
 
 Exit codes: 0 done, 1 ``data check`` found what should be corrected, 2 the input cannot be used (one sentence on
 standard error), 130 interrupted.
@@ -101,6 +101,28 @@ def _data(options: Namespace) -> int:
     return command(options[options.command].as_dict())
 
 
+def _convert(options: Namespace) -> None:
+    from btinet.models.convert import export_keras, import_keras
+
+    if (options.out is None) == (options.to_keras is None):
+        raise UserError(
+            "convert: give either --out FOLDER, to read Keras's file, or --to-keras FILE.npz, to write one."
+        )
+    if options.to_keras is not None:
+        if options.classes is not None or options.image_size is not None:
+            raise UserError("convert: --to-keras takes classes and image size from the run; leave the options out.")
+        done = export_keras(options.source, options.to_keras)
+    else:
+        classes = None if options.classes is None else options.classes.split(",")
+        size = None if options.image_size is None else (options.image_size, options.image_size)
+        done = import_keras(options.source, options.out, classes, size)
+    height, width = done.image_size
+    print(
+        f"{done.variables} variables converted, classes {', '.join(done.classes)}, images {height}×{width}, "
+        f"written to {done.file}"
+    )
+
+
 def _demo(options: Namespace) -> None:
     from btinet.demo import run_demo
 
@@ -127,6 +149,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "predict": _predict,
     "data": _data,
+    "convert": _convert,
     "demo": _demo,
     "models": _models,
     "backends": _backends,
@@ -146,6 +169,7 @@ def _parser() -> ArgumentParser:
         ("evaluate", _evaluate_parser),
         ("predict", _predict_parser),
         ("data", _data_parser),
+        ("convert", _convert_parser),
         ("demo", _demo_parser),
         ("models", _models_parser),
         ("backends", _backends_parser),
@@ -246,6 +270,28 @@ def _add_data_commands(parser: ArgumentParser) -> None:
     split.add_argument("--seed", type=int, default=42, help="Another seed gives another split.")
     for name, sub in (("check", check), ("split", split)):
         commands.add_subcommand(name, sub, help=sub.description)
+
+
+def _convert_parser() -> ArgumentParser:
+    parser = _sub("Take over an official Keras checkpoint of BTI-Net, or write one's variables.")
+    parser.add_argument("source", type=Path, help="Keras's .keras, .weights.h5 or .h5 file, or a run with --to-keras.")
+    parser.add_argument("--out", type=Path | None, default=None, help="Folder for the converted checkpoint.")
+    parser.add_argument(
+        "--to-keras",
+        type=Path | None,
+        default=None,
+        help="Write the run's weights as Keras's variables into this .npz.",
+    )
+    parser.add_argument(
+        "--classes",
+        type=str | None,
+        default=None,
+        help="Class names in the order of the outputs, separated by commas; default: the official data set's.",
+    )
+    parser.add_argument(
+        "--image-size", type=int | None, default=None, help="Side of the images; default: as the file says, else 224."
+    )
+    return parser
 
 
 def _demo_parser() -> ArgumentParser:

@@ -40,10 +40,17 @@ def save_checkpoint(
     classes: tuple[str, ...],
     preprocessing: Preprocessing,
     weights: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write both files into ``folder``, each whole or not at all; raises ``UserError`` when it cannot.
 
-    ``weights``: a ``state_dict`` of the model to save in place of its present one.
+    Args:
+        folder: of the run.
+        model: what is saved.
+        classes: names, in the order of the outputs.
+        preprocessing: of the images.
+        weights: a ``state_dict`` of the model to save in place of its present one.
+        extra: further entries of ``config.json``, which ``load_checkpoint`` hands on in ``Checkpoint.config``.
     """
     if model.batchnorms_left is not None:
         raise UserError("a fused network is no checkpoint; save the one that fuse() was called on.")
@@ -53,6 +60,7 @@ def save_checkpoint(
         "model": model.config.to_dict(),
         "classes": list(classes),
         "preprocessing": preprocessing.to_dict(),
+        **(extra or {}),
     }
     weights = model.state_dict() if weights is None else weights
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,47 @@ def brightness_checkpoint() -> Checkpoint:
         proxy_names=("align", "seg_energy", "clf_energy"),
         config={},
     )
+
+
+class OfficialVariable(NamedTuple):
+    name: str  # path in Keras 3
+    keras3: str  # below layers/ of a .weights.h5 file of Keras 3
+    keras2: str  # in an .h5 file of Keras 2
+    shape: tuple[int, ...]
+
+
+@pytest.fixture(scope="session")
+def official_variables() -> list[OfficialVariable]:
+    """The variables of the official BTI-Net with three classes, in the order of ``model.weights``."""
+    with (Path(__file__).parent / "data" / "official_btinet_variables.csv").open(newline="") as file:
+        return [
+            OfficialVariable(
+                row["variable"], row["keras3"], row["keras2"], tuple(int(n) for n in row["shape"].split("x") if n)
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+@pytest.fixture(scope="session")
+def official_values(official_variables: list[OfficialVariable]) -> dict[str, np.ndarray]:
+    """Random values for them, of sizes that keep the network's signals near one."""
+    random = np.random.default_rng(0)
+    values = {}
+    for name, _, _, shape in official_variables:
+        draw = random.standard_normal(shape, dtype=np.float32)
+        match name.rpartition("/")[2]:
+            case "gamma" | "moving_variance":
+                value = 1 + 0.2 * draw.clip(-2, 2)
+            case "kernel" | "pointwise_kernel" | "depthwise_kernel":
+                inputs = shape[3] * 2.25 if "transpose" in name else np.prod(shape[:-1])
+                value = draw / np.float32(9 if "depthwise" in name or "dwconv" in name else inputs) ** 0.5
+            case _:
+                value = 0.2 * draw
+        values[name] = np.asarray(value, dtype=np.float32)
+    values["normalization/mean"] = np.array([0.485, 0.456, 0.406], dtype=np.float32) / 255
+    values["normalization/variance"] = np.array([0.229, 0.224, 0.225], dtype=np.float32) ** 2 / 255**2
+    values["normalization/count"] = np.array(0)
+    return values
 
 
 @pytest.fixture(scope="session")
