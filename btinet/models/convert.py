@@ -91,7 +91,7 @@ def import_keras(
     state = {v.ours: torch.from_numpy(v.to_ours(values[v.name], shapes[v.ours])) for v in official if v.ours}
     counters = {name: torch.tensor(0) for name in shapes if name.endswith("num_batches_tracked")}  # Keras has none
     model.load_state_dict(state | counters, assign=True)
-    save_checkpoint(out, model, names, preprocessing, {_SCALES_KEY: scales})
+    save_checkpoint(out, model, names, preprocessing, extra={_SCALES_KEY: scales})
     return Conversion(out, len(official), names, size)
 
 
