@@ -208,4 +208,5 @@ def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:
     (batch, channels), count = x.shape[:2], x.shape[2:].numel()
     block_n, block_c = power_of_two(count, 16, 64), power_of_two(channels, 16, 64)
     programs = batch * triton.cdiv(count, block_n) * triton.cdiv(channels, block_c)
-    return programs, {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4}
+    num_warps = 4 if x.stride(1) == 1 else 8  # planes of odd sizes would spill with four
+    return programs, {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": num_warps}
