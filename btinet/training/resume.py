@@ -58,8 +58,8 @@ def write_state(folder: Path, state: RunState) -> None:
     with atomic_path(folder / STATE_NAMES[state.stage], durable=True) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch's form of an OSError
-            raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
+        except RuntimeError as error:  # torch's form of an OSError, which does not say why
+            raise OSError("is the disk full?") from error
 
 
 def read_state(folder: Path, extending: bool) -> RunState | None:
