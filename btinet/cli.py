@@ -40,15 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         return _refuse(_in_flags(" ".join(str(error).split())))
     except UserError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), error.details)
     except KeyboardInterrupt:
         print("btinet: interrupted; what a run had saved is in its folder.", file=sys.stderr)
         return 130
 
 
-def _refuse(sentence: str) -> int:
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
-    print(f"btinet: error: {shown}", file=sys.stderr)
+def _refuse(sentence: str, details: Sequence[str] = ()) -> int:
+    for line in (f"btinet: error: {sentence}", *details):
+        print("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line), file=sys.stderr)
     return 2
 
 
