@@ -310,8 +310,8 @@ def _freeze(network: BTINet, options: TrainOptions) -> None:
     frozen = network.encoder.early_parameters(stages) if stages else []
     if stages and not frozen:
         raise UserError(
-            f"--freeze-stages {stages}: which parameters of {options.model} these are is not known; give 0 or more "
-            "stages."
+            f"--freeze-stages {stages}: which parameters of {options.model} these are is not known; give 0 or "
+            "another number."
         )
     for parameter in frozen:
         parameter.requires_grad_(False)
