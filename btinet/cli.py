@@ -91,7 +91,7 @@ def _convert(options: Namespace) -> None:
             raise UserError("convert: --to-keras takes classes and image size from the run; leave the options out.")
         done = export_keras(options.source, options.to_keras)
     else:
-        classes = None if options.classes is None else options.classes.split(",")
+        classes = None if options.classes is None else [name.strip() for name in options.classes.split(",")]
         size = None if options.image_size is None else (options.image_size, options.image_size)
         done = import_keras(options.source, options.out, classes, size)
     height, width = done.image_size
