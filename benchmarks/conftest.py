@@ -15,7 +15,7 @@ keep_pages()  # before anything is allocated, the same for all variants
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from cases import Workload, cpu_workloads, gpu_workloads  # noqa: E402
-from machine_limit import Machine  # noqa: E402
+from machine_limit import Machine, cpu_peaks  # noqa: E402
 from modules import ModuleProblem, module_cases  # noqa: E402
 from variants import Problem  # noqa: E402
 
@@ -99,7 +99,9 @@ class Recorder:
             written.append(_write(folder / "interaction.json", content | {"not_measured": self.not_measured}))
         for name, measured in (("modules", self.modules), ("network", self.network)):
             if measured:
-                content = {"machine": described, "cases": measured, "not_measured": self.not_measured}
+                peaks = {what: round(rate / 1e9, 1) for what, rate in cpu_peaks().items()}
+                content = {"machine": described, "peak_gflop_per_s": peaks, "cases": measured}
+                content |= {"not_measured": self.not_measured}
                 written.append(_write(folder / f"{name}.json", content))
         return written
 

@@ -18,8 +18,9 @@ from timing import Sample, cpu_sample
 from torch import Tensor, nn
 from variants import GateError
 
-from btinet_kernels import fused_segmentation_loss, use_backend
-from btinet_kernels.nn import DualPathAttention, MultiScaleContextFusion, SeparableConv
+from btinet.models.network import UpsampleTwice
+from btinet_kernels import fused_batch_norm_act, fused_depthwise_conv, fused_segmentation_loss, use_backend
+from btinet_kernels.nn import AttentionGate, DualPathAttention, MultiScaleContextFusion, SeparableConv, SqueezeExcite
 
 ENCODER = ((144, 112), (192, 56), (336, 28), (960, 14), (1792, 7))  # C, height = width
 DECODER = ((384, 14), (192, 28), (96, 56), (48, 112))
@@ -35,6 +36,12 @@ SEPARABLE = (
     (1344, 384, 14),
     (1792, 1792, 7),
 )
+# Skip connection's and decoder's channels, size
+ATTENTION_GATES = ((144, 48, 112), (192, 96, 56), (336, 192, 28), (960, 384, 14))
+# C, outputs, size
+UPSAMPLING = ((1792, 384, 7), (384, 192, 14), (192, 96, 28), (96, 48, 56), (48, 24, 112))
+# C, size, kernel of a stage's depthwise convolutions of stride 1; BatchNorm with SiLU and squeeze-and-excitation follow
+EXPANDED = ((24, 112, 3), (192, 56, 3), (336, 28, 5), (672, 14, 3), (960, 14, 5), (1632, 7, 5))
 AT_KINKS = 5e-4  # a gradient is there or not where a ReLU's input is zero but for rounding, in plain PyTorch as well
 TOLERANCE = 1e-4  # of a result's norm: float32 sums over 100 000 positions, a few of them in a row
 
@@ -91,6 +98,42 @@ class NormedConv(nn.Module):
         return self.conv(x, relu=True, norm=self.norm)
 
 
+class Gate(nn.Module):
+    """The attention gate of a skip connection; what it is gated by is learned, so that its gradient is computed."""
+
+    def __init__(self, channels: int, gating: int, size: int, batch: int = 8) -> None:
+        super().__init__()
+        self.gate = AttentionGate(channels, gating, gating // 2)
+        self.by = nn.Parameter(torch.randn(batch, gating, size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x, self.by)
+
+
+class NormedSiLU(nn.Module):
+    """Batch normalisation in training and the SiLU behind it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        return fused_batch_norm_act(x, *vectors, training=True, act="silu")
+
+
+class DepthwiseConv(nn.Module):
+    """One kernel for each channel, stride 1."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, 1, width, width) / width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_depthwise_conv(x, self.weight, padding=self.weight.shape[-1] // 2)
+
+
 def module_cases() -> list[ModuleCase]:
     """All of them, those that take most of a training step first."""
     fusions = [ModuleCase("multi-scale fusion", c, s, MultiScaleContextFusion) for c, s in ENCODER + DECODER]
@@ -99,7 +142,22 @@ def module_cases() -> list[ModuleCase]:
         ModuleCase("separable convolution", c, s, partial(NormedConv, outputs=o), outputs=o, tolerance=AT_KINKS)
         for c, o, s in SEPARABLE
     ]
-    return [*fusions, *convolutions, *attention, ModuleCase("segmentation loss", 1, 224, SegmentationLoss)]
+    gates = [
+        ModuleCase("attention gate", c, s, partial(Gate, gating=g, size=s), tolerance=AT_KINKS)
+        for c, g, s in ATTENTION_GATES
+    ]
+    upsampling = [ModuleCase("upsampling", c, s, partial(UpsampleTwice, out_channels=o)) for c, o, s in UPSAMPLING]
+    encoder = [
+        case
+        for c, s, width in EXPANDED
+        for case in (
+            ModuleCase(f"depthwise {width}x{width}", c, s, partial(DepthwiseConv, width=width)),
+            ModuleCase("BatchNorm and SiLU", c, s, NormedSiLU),
+            ModuleCase("squeeze-and-excitation", c, s, partial(SqueezeExcite, reduced=c // 24, act="silu")),
+        )
+    ]
+    loss = ModuleCase("segmentation loss", 1, 224, SegmentationLoss)
+    return [*fusions, *convolutions, *attention, loss, *gates, *upsampling, *encoder]
 
 
 class ModuleProblem:

@@ -24,14 +24,18 @@ from timing import Sample, cpu_sample
 from torch import Tensor, nn
 from variants import GateError
 
-from btinet.models import create_model
+from btinet.models import BTINet, create_model
+from btinet.models.network import BTINetConfig
 from btinet.training.losses import LossOptions, classification_loss, segmentation_loss
 from btinet_kernels import use_backend
 
 MODEL, CLASSES, SIZE = "btinet_efficientnet_b4", 3, 224
 TRAINING, INFERENCE = "training step", "inference"
 VARIANTS = ("eager", "compile", "ours", "ours compiled")
+FUSED, HALF, FUSED_HALF = "ours, fuse()", "eager, bfloat16", "ours, fuse(), bfloat16"
+IN_INFERENCE = (FUSED, HALF, FUSED_HALF)
 TOLERANCE = 1e-3  # of the largest logit, in inference; two hundred layers of float32
+HALF_TOLERANCE = 0.1  # of the same in bfloat16, which rounds every layer to 8 bits
 LOSS_TOLERANCE = 1e-3  # of the loss after one step: training amplifies rounding
 
 
@@ -41,16 +45,30 @@ class NetworkCase:
 
     mode: str
     batch: int
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
-        optimizer = ", fused Adam" if self.mode == TRAINING else ""
-        return f"{MODEL}, {self.mode}{optimizer}, B={self.batch}, {SIZE}x{SIZE}, float32, channels_last"
+        details = ", fused Adam" * (self.mode == TRAINING) + f", dropout {self.dropout}" * (self.dropout > 0)
+        return f"{MODEL}, {self.mode}{details}, B={self.batch}, {SIZE}x{SIZE}, float32, channels_last"
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """With dropout, every variant draws numbers of its own, and only the first two are compared without."""
+        if self.dropout:
+            return "eager", "ours"
+        return VARIANTS + IN_INFERENCE * (self.mode == INFERENCE)
 
 
 def network_cases() -> list[NetworkCase]:
-    """Two of training and inference: B = 8 and one image."""
-    return [NetworkCase(TRAINING, 8), NetworkCase(INFERENCE, 8), NetworkCase(INFERENCE, 1)]
+    """Training without dropout and as ``btinet train`` does it, and inference of a batch and of one image."""
+    default = BTINetConfig.dropout
+    return [
+        NetworkCase(TRAINING, 8),
+        NetworkCase(TRAINING, 8, default),
+        NetworkCase(INFERENCE, 8),
+        NetworkCase(INFERENCE, 1),
+    ]
 
 
 class NetworkProblem:
@@ -66,30 +84,41 @@ class NetworkProblem:
         self.masks = (torch.rand(case.batch, 1, SIZE, SIZE) > 0.7).float()
         self.labels = torch.arange(case.batch) % CLASSES
         torch.compiler.reset()
-        self._steps = {name: self._step_of(name, copy.deepcopy(network)) for name in names}
+        self._networks = {name: copy.deepcopy(network) for name in names}
+        self._steps = {name: self._step_of(name, each) for name, each in self._networks.items()}
 
     def samples(self, direction: str) -> dict[str, Sample]:
         """What times each variant; raises ``GateError`` where one differs from eager PyTorch."""
         first = {name: self.run(name, direction) for name in self._steps}
-        allowed = LOSS_TOLERANCE if self.case.mode == TRAINING else TOLERANCE
         for name, result in first.items():
+            allowed = LOSS_TOLERANCE if self.case.mode == TRAINING else TOLERANCE
+            if "bfloat16" in name:
+                allowed = HALF_TOLERANCE
             error = float((result - first["eager"]).abs().max() / first["eager"].abs().max())
             if not error <= allowed:
                 raise GateError(f"{self.case.name}: {name} differs by {error:.1e} from eager ({allowed:.0e} allowed)")
+        for module in (m for network in self._networks.values() for m in network.modules()):
+            if isinstance(module, nn.Dropout):
+                module.p = self.case.dropout
         return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self._steps}  # type: ignore[misc]
 
     def run(self, name: str, direction: str) -> Tensor:
         """One step; the loss, or the segmentation's logits."""
         return self._steps[name]()
 
-    def _step_of(self, name: str, network: nn.Module) -> Callable[[], Tensor]:
+    def _step_of(self, name: str, network: BTINet) -> Callable[[], Tensor]:
         backend = "auto" if name.startswith("ours") else "reference"
+        if "fuse()" in name:
+            network = network.fuse(SIZE)
+        images = self.images
+        if "bfloat16" in name:
+            network, images = network.bfloat16(), images.bfloat16()
         call: Any = torch.compile(network, dynamic=False) if name.endswith(("compile", "compiled")) else network
         if self.case.mode == INFERENCE:
 
             def infer() -> Tensor:
                 with use_backend(backend), torch.inference_mode():
-                    return call(self.images).seg_logits
+                    return call(images).seg_logits.float()
 
             return infer
         optimizer = torch.optim.Adam(network.parameters(), 1e-5, fused=True)
@@ -97,7 +126,7 @@ class NetworkProblem:
 
         def train() -> Tensor:
             with use_backend(backend):
-                output = call(self.images)
+                output = call(images)
                 loss = segmentation_loss(output.seg_logits, self.masks, losses)
                 loss = loss + classification_loss(output.cls_logits, self.labels, losses)
                 optimizer.zero_grad(set_to_none=True)

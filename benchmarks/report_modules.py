@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS = ("eager", "compile", "ours", "ours compiled")
+BASELINES = ("eager", "compile")
 Case = dict[str, Any]
 
 
@@ -27,8 +28,10 @@ def network_report(results: Path) -> str:
         machine = measured[0]["machine"]
         parts.append(f"## {machine['cpu']}, {machine['cores']} cores\n")
         parts.append(f"torch {machine['torch']}, {machine['allocator']}, {machine['date']}.\n")
+        parts += [_peak_rates(m) for m in measured]
         for cases in (m["cases"] for m in measured):
-            parts.append(_table(cases))
+            parts.append(_table(case for case in cases if "operator" in case))
+            parts.append(_network_table(case for case in cases if "operator" not in case))
             parts.append(_sums(cases))
             parts.append(_losses(cases))
         parts += [_peaks(m["cases"]) for m in measured]
@@ -42,7 +45,7 @@ def network_summary(results: Path) -> str:
         machine, cases = measured[0]["machine"], [case for m in measured for case in m["cases"]]
         where = f"{machine['cpu']}, {machine['cores']} threads, torch {machine['torch']}, {machine['date']}"
         parts.append(f"\n**{where}**\n")
-        parts.append(_table(case for case in cases if "operator" not in case))
+        parts.append(_network_table(case for case in cases if "operator" not in case))
         parts.append(_peaks(cases))
         parts.append(_sums(cases))
     return "\n".join(part for part in parts if part)
@@ -57,15 +60,31 @@ def _measured(results: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _table(cases: Iterable[Case]) -> str:
-    header = ("case", *VARIANTS, "× eager", "× compile")
-    lines = [header, ["---"] * len(header)]
+    lines = [("case", *VARIANTS, "× eager", "× compile")]
     for case in cases:
         found = case["variants"]
         spreads = [_spread(found.get(name)) for name in VARIANTS]
         ours = found["ours"]["median_ms"]
-        ratios = [f"{found[n]['median_ms'] / ours:.2f}" if n in found else "–" for n in ("eager", "compile")]
-        lines.append([_label(case), *spreads, *ratios])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        ratios = [f"{found[n]['median_ms'] / ours:.2f}" if n in found else "–" for n in BASELINES]
+        lines.append((_label(case), *spreads, *ratios))
+    return _lines(lines)
+
+
+def _network_table(cases: Iterable[Case]) -> str:
+    """A row for each variant: cases have different ones."""
+    lines = [("case", "variant", "ms (quartiles)", "× eager", "× compile")]
+    for case in cases:
+        found = case["variants"]
+        for name, summary in found.items():
+            ratios = [f"{found[n]['median_ms'] / summary['median_ms']:.2f}" if n in found else "–" for n in BASELINES]
+            lines.append((case["name"], name, _spread(summary), *ratios))
+    return _lines(lines)
+
+
+def _lines(rows: list[tuple[str, ...]]) -> str:
+    """A table, where there is more than its header."""
+    lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]] if len(rows) > 1 else []
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _sums(cases: Iterable[Case]) -> str:
@@ -90,7 +109,7 @@ def _losses(cases: Iterable[Case]) -> str:
         f"- {_label(case)}: {name} {case['variants'][name]['median_ms']:.2f}, "
         f"ours {case['variants']['ours']['median_ms']:.2f}"
         for case in cases
-        for name in ("eager", "compile")
+        for name in BASELINES
         if name in case["variants"] and case["variants"][name]["median_ms"] < case["variants"]["ours"]["median_ms"]
     ]
     return "A baseline was faster here:\n\n" + "\n".join(lost) + "\n" if lost else ""
@@ -104,6 +123,16 @@ def _peaks(cases: Iterable[Case]) -> str:
         if (peaks := case.get("peak_mib"))
     ]
     return "Peak resident memory of a process that takes three steps:\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _peak_rates(measured: dict[str, Any]) -> str:
+    """What the processor could compute, at the time of the measurement."""
+    rates = measured.get("peak_gflop_per_s")
+    if not rates:
+        return ""
+    what = "modules" if "operator" in measured["cases"][0] else "network"
+    listed = ", ".join(f"{name.replace('_', ' ')} {rate:.0f}" for name, rate in rates.items())
+    return f"Peak rates after the measurement of the {what}, GFLOP/s: {listed}.\n"
 
 
 def _spread(summary: dict[str, float] | None) -> str:

@@ -1,6 +1,7 @@
-"""The command line: ``btinet train | evaluate | predict | convert | demo | models | backends``.
+"""The command line: ``btinet train | evaluate | predict | convert | data | demo | models | backends``.
 
-Exit codes: 0 done, 2 the input cannot be used (one sentence on standard error), 130 interrupted.
+Exit codes: 0 done, 1 ``data check`` found what should be corrected, 2 the input cannot be used (one sentence on
+standard error), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from btinet import __version__
 from btinet.allocator import keep_pages
@@ -35,40 +36,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_pages()  # before a command imports torch
         options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
         _quiet()
-        _COMMANDS[options.command](options[options.command])
+        return _COMMANDS[options.command](options[options.command]) or 0
     except ArgumentError as error:
         return _refuse(_in_flags(" ".join(str(error).split())))
     except UserError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), error.details)
     except KeyboardInterrupt:
         print("btinet: interrupted; what a run had saved is in its folder.", file=sys.stderr)
         return 130
-    return 0
 
 
-def _refuse(sentence: str) -> int:
-    print(f"btinet: error: {sentence}", file=sys.stderr)
+def _refuse(sentence: str, details: Sequence[str] = ()) -> int:
+    for line in (f"btinet: error: {sentence}", *(f"  {detail}" for detail in details)):
+        print("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line), file=sys.stderr)
     return 2
 
 
 def _in_flags(message: str) -> str:
     """Name options as the user typed them: ``train.data`` or ``Parser key "data"`` become ``--data``."""
-    pattern = rf"\b(?:{'|'.join(_COMMANDS)})\.(\w+)|Parser key \"(\w+)\""
+    pattern = rf"\b(?:{'|'.join(_COMMANDS)})\.(?:check\.|split\.)?(\w+)|Parser key \"(\w+)\""
     return re.sub(pattern, lambda match: _flag(match[1] or match[2]), message)
 
 
 def _train(options: Namespace) -> None:
-    from btinet.training.train import train
+    from btinet.training.train import resume, train
 
     values = options.as_dict()
     values.pop("config")
-    train(TrainOptions(**values))
+    run = values.pop("resume")
+    if run is None:
+        for name in ("data", "out"):
+            if values[name] is None:
+                raise UserError(f"train needs {_flag(name)}, or --resume with the folder of a run.")
+        train(TrainOptions(**values))
+        return
+    defaults = {option.name: None if option.default is MISSING else option.default for option in fields(TrainOptions)}
+    given = [_flag(name) for name in values if name != "extend_epochs" and values[name] != defaults[name]]
+    if given:
+        raise UserError(f"--resume takes the options of the run from its config.yaml; leave out {', '.join(given)}.")
+    resume(run, values["extend_epochs"])
 
 
 def _evaluate(options: Namespace) -> None:
+    from btinet.data import LayoutOptions
     from btinet.evaluation import EvaluateOptions, evaluate_run, print_summary
 
-    print_summary(evaluate_run(EvaluateOptions(**options.as_dict())))
+    values = options.as_dict()
+    layout_options = LayoutOptions(**{field.name: values.pop(field.name) for field in fields(LayoutOptions)})
+    print_summary(evaluate_run(EvaluateOptions(**values, layout_options=layout_options)))
 
 
 def _predict(options: Namespace) -> None:
@@ -77,6 +92,13 @@ def _predict(options: Namespace) -> None:
     values = options.as_dict()
     rows = predict_files(PredictOptions(**{**values, "inputs": tuple(values["inputs"])}))
     print(f"{len(rows)} image{'s' * (len(rows) != 1)} predicted, written to {options.out}")
+
+
+def _data(options: Namespace) -> int:
+    from btinet.data.commands import check_data, split_data
+
+    command = {"check": check_data, "split": split_data}[options.command]
+    return command(options[options.command].as_dict())
 
 
 def _convert(options: Namespace) -> None:
@@ -126,6 +148,7 @@ _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "data": _data,
     "convert": _convert,
     "demo": _demo,
     "models": _models,
@@ -145,6 +168,7 @@ def _parser() -> ArgumentParser:
         ("train", _train_parser),
         ("evaluate", _evaluate_parser),
         ("predict", _predict_parser),
+        ("data", _data_parser),
         ("convert", _convert_parser),
         ("demo", _demo_parser),
         ("models", _models_parser),
@@ -152,6 +176,8 @@ def _parser() -> ArgumentParser:
     ):
         sub = build()
         commands.add_subcommand(name, sub, help=sub.description)
+        if name == "data":
+            _add_data_commands(sub)  # jsonargparse wants the outer command first
     return parser
 
 
@@ -159,14 +185,21 @@ def _train_parser() -> ArgumentParser:
     parser = _sub("Train a network in two stages.")
     parser.add_argument("--config", action="config", help="YAML file of these options, e.g. a run's config.yaml.")
     hints = get_type_hints(TrainOptions)
+    parser.add_argument(
+        "--resume",
+        type=Path | None,
+        default=None,
+        help="Folder of an interrupted run to continue with its own options; only --extend-epochs may be added.",
+    )
     for option in fields(TrainOptions):
-        required = option.default is MISSING
-        parser.add_argument(
-            _flag(option.name),
-            type=hints[option.name],
-            help=option.metadata["help"],
-            **({"required": True} if required else {"default": option.default}),
-        )
+        if hints[option.name] is bool:
+            kind: dict[str, Any] = {"action": ActionYesNo(no_prefix="no-")}
+        elif option.default is MISSING:
+            kind = {"type": hints[option.name] | None}  # required unless --resume is given
+        else:
+            kind = {"type": hints[option.name]}
+        default = None if option.default is MISSING else option.default
+        parser.add_argument(_flag(option.name), default=default, help=option.metadata["help"], **kind)
     return parser
 
 
@@ -175,6 +208,8 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("run", type=Path, help="Folder of the run.")
     parser.add_argument("--data", type=Path | None, default=None, help="The data, if they moved or are others.")
     parser.add_argument("--dataset", type=str | None, default=None, help="Layout of --data; recognised without.")
+    _add_layout_options(parser)
+    parser.add_argument("--manifest", type=Path | None, default=None, help="manifest.json of --data.")
     parser.add_argument(
         "--split",
         type=Literal["train", "val", "test", "all"],
@@ -208,6 +243,33 @@ def _predict_parser() -> ArgumentParser:
     )
     _add_device_and_batch(parser)
     return parser
+
+
+def _data_parser() -> ArgumentParser:
+    return _sub("Check a data set, or divide it.")
+
+
+def _add_data_commands(parser: ArgumentParser) -> None:
+    commands = parser.add_subcommands(dest="command", required=True)
+    check = _sub("Say what is wrong or suspicious in a data set, and write its manifest.json.")
+    _add_data(check)
+    check.add_argument("--split", type=Path | None, default=None, help="Look for leaks between the parts of this file.")
+    check.add_argument("--fold", type=int | None, default=None, help="With folds in --split: the one that is tested.")
+    check.add_argument("--mask-threshold", type=int | None, default=None, help="As in btinet train.")
+    check.add_argument(
+        "--out", type=Path | None, default=None, help="The manifest; default: manifest.json in the data's folder."
+    )
+    check.add_argument("--strict", action="store_true", help="Exit with 1 for warnings, too.")
+    check.add_argument("--all", action="store_true", help="Print every finding instead of the first of each kind.")
+    split = _sub("Write a split, or folds, for btinet train --split.")
+    _add_data(split)
+    split.add_argument("--out", type=Path, required=True, help="The CSV file to write.")
+    split.add_argument("--folds", type=int | None, default=None, help="Cross-validation with this many folds.")
+    split.add_argument("--fractions", type=float, nargs=3, default=[0.70, 0.15, 0.15], help="Of train, val and test.")
+    split.add_argument("--groups", type=Path | None, default=None, help="As in btinet train.")
+    split.add_argument("--seed", type=int, default=42, help="Another seed gives another split.")
+    for name, sub in (("check", check), ("split", split)):
+        commands.add_subcommand(name, sub, help=sub.description)
 
 
 def _convert_parser() -> ArgumentParser:
@@ -254,8 +316,31 @@ def _sub(description: str) -> ArgumentParser:
     return ArgumentParser(description=description, exit_on_error=False)
 
 
+def _add_data(parser: ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, help="Folder of the data set, or the CSV file.")
+    parser.add_argument("--dataset", type=str, default="auto", help="Layout of the data; auto recognises it.")
+    _add_layout_options(parser)
+
+
+def _add_layout_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--curated", type=Path | None, default=None, help="BUSI: table class;id of images to keep.")
+    parser.add_argument("--labels", type=Path | None, default=None, help="BUSI-WHU on Mendeley: table file,label.")
+    parser.add_argument("--lesion-groups", type=Path | None, default=None, help="ISIC 2018: table image,lesion_id.")
+    parser.add_argument(
+        "--drop-train-duplicates-of-test",
+        action="store_true",
+        help="Leave out images that nearly equal one of the prescribed test images.",
+    )
+
+
 def _add_device_and_batch(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=Device, default="auto", help="Where to compute.")
+    parser.add_argument(
+        "--precision",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="What the network computes in; bfloat16 is faster where the hardware has it.",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="Images at a time.")
 
 

@@ -11,6 +11,7 @@ from btinet.evaluation import EvaluateOptions, evaluate_run, print_summary
 from btinet.serving import PredictOptions, Report, predict_files, write_report
 from btinet.training import run_folder
 from btinet.training.options import TrainOptions
+from btinet.training.resume import STATE_NAMES
 from btinet.training.train import train
 
 REPORT_NAME = "report.html"
@@ -34,6 +35,8 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 42) -> Path:
     console = Console(highlight=False, soft_wrap=True)
     run_folder.claim(out)
     run = train(_options(out / "run", quick, seed), console)
+    for name in STATE_NAMES.values():  # many times the size of the model, and nobody will resume a demo
+        (run / name).unlink()
     evaluation = run / "evaluation-test"
     print_summary(evaluate_run(EvaluateOptions(run=run, out=evaluation)), console)
     images = sample_csv().parent / "images"

@@ -2,14 +2,15 @@
 
 Functions: ``fused_tim``, ``fused_upa``, ``fused_task_interaction``, ``fused_multi_scale``, ``fused_separable_conv``,
 ``fused_dual_path_attention``, ``fused_joint_projection``, ``fused_position_gate``, ``fused_upsample_twice``,
-``fused_squeeze_excite``, ``fused_batch_norm_act``, ``fused_depthwise_conv``, ``fused_segmentation_loss``. Modules:
-``btinet_kernels.nn``. In somebody else's model: ``accelerate(model)``. Which backend serves what on this machine:
-``backends()``.
+``fused_squeeze_excite``, ``fused_batch_norm_act``, ``fused_depthwise_conv``, ``fused_dropout``,
+``fused_segmentation_loss``. Modules: ``btinet_kernels.nn``. In somebody else's model: ``accelerate(model)``. Which
+backend serves what on this machine: ``backends()``.
 """
 
 from btinet_kernels.accelerate import AccelerationReport, ModuleReport, accelerate, accelerates, restore
 from btinet_kernels.backends import BackendError, backends, use_backend
 from btinet_kernels.depthwise.op import fused_depthwise_conv
+from btinet_kernels.dropout.op import fused_dropout
 from btinet_kernels.gates.attention_op import fused_joint_projection, fused_position_gate
 from btinet_kernels.gates.attention_reference import JointWeights
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
@@ -53,6 +54,7 @@ __all__ = [
     "backends",
     "fused_batch_norm_act",
     "fused_depthwise_conv",
+    "fused_dropout",
     "fused_dual_path_attention",
     "fused_joint_projection",
     "fused_multi_scale",

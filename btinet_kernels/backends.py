@@ -24,15 +24,16 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_upa": ("native", "triton", "cuda"),
     "fused_task_interaction": ("native", "triton", "cuda"),
     "fused_multi_scale": ("native", "triton"),
-    "fused_separable_conv": ("native",),
+    "fused_separable_conv": ("native", "triton"),
     "fused_dual_path_attention": ("native", "triton"),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
     "fused_segmentation_loss": ("native",),
     "fused_upsample_twice": ("native",),
     "fused_joint_projection": ("native",),
     "fused_position_gate": ("native",),
-    "fused_batch_norm_act": ("native",),
+    "fused_batch_norm_act": ("native", "triton"),
     "fused_depthwise_conv": ("native",),
+    "fused_dropout": ("native", "triton"),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"
 
@@ -61,7 +62,7 @@ _SERVES = {
     "cuda": ("cuda", (torch.float32, torch.float16, torch.bfloat16)),
 }
 # Operators whose Triton kernels know two spatial dimensions only.
-_PLANAR_IN_TRITON = ("fused_multi_scale",)
+_PLANAR_IN_TRITON = ("fused_multi_scale", "fused_separable_conv")
 # What `auto` takes, by device: the fastest in benchmarks/results. The reference takes the rest.
 _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 
@@ -183,6 +184,14 @@ def serving(*dense: Tensor, operator: str = "fused_task_interaction") -> tuple[s
     backend = _AUTOMATIC.get(dense[0].device.type, "native") if request == "auto" else request
     reason = unsuitable(backend, *dense, operator=operator)
     return ("reference", reason) if reason else (backend, None)
+
+
+def kernels_for(x: Tensor, operator: str) -> str:
+    """``native`` or ``triton``; also in the backward of what kernels served before the reference was asked for."""
+    backend = serving(x, operator=operator)[0]
+    if backend == "reference":
+        return "native" if x.device.type == "cpu" else "triton"
+    return backend
 
 
 def unsuitable(backend: str, *dense: Tensor, operator: str = "fused_task_interaction") -> str | None:

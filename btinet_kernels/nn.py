@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from btinet_kernels.accelerated import has_hooks
+from btinet_kernels.backends import choose
+from btinet_kernels.dropout.op import fused_dropout
 from btinet_kernels.gates.attention_op import fused_joint_projection, fused_position_gate
 from btinet_kernels.gates.attention_reference import JointWeights
 from btinet_kernels.gates.dual_path_op import fused_dual_path_attention
@@ -320,6 +322,22 @@ class SqueezeExcite(nn.Module):
         reduce, expand = self.reduce, self.expand
         weights = SqueezeExciteWeights(reduce.weight, reduce.bias, expand.weight, expand.bias)
         return fused_squeeze_excite(x, weights, act=self.act, gate=self.gate)
+
+
+class Dropout(nn.Dropout):
+    """``nn.Dropout`` that computes with ``fused_dropout``: in parallel, and without a mask in memory.
+
+    Where no fast backend serves, it is ``nn.Dropout``, whose random numbers are others.
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of ``x`` in training mode."""
+        if self.training and choose("fused_dropout", x) == "reference":
+            return super().forward(x)
+        return fused_dropout(x, self.p, training=self.training)
 
 
 class ResidualBlock(nn.Module):

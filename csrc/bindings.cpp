@@ -19,4 +19,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_upsampling(module);
   bind_batch_norm(module);
   bind_depthwise(module);
+  bind_dropout(module);
 }

@@ -44,5 +44,6 @@ void bind_segmentation_loss(pybind11::module_& module);
 void bind_upsampling(pybind11::module_& module);
 void bind_batch_norm(pybind11::module_& module);
 void bind_depthwise(pybind11::module_& module);
+void bind_dropout(pybind11::module_& module);
 
 }  // namespace btinet

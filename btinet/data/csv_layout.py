@@ -6,11 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from btinet.data.layout_options import LayoutOptions
 from btinet.data.samples import Collection, Sample
 from btinet.data.splits import SPLITS
 from btinet.data.tables import read_table
 from btinet.errors import UserError
 
+CSV_TREE = "one CSV file with the columns image,mask,label and, if wanted, group,split"
 _REQUIRED = ("image", "label")
 
 
@@ -26,7 +28,7 @@ def find_csv(folder: Path) -> list[Path]:
     return found
 
 
-def read_csv(path: Path, classes: Sequence[str] | None) -> Collection:
+def read_csv(path: Path, classes: Sequence[str] | None, options: LayoutOptions) -> Collection:
     """Read a CSV file, or the only suitable one in a folder; see ``read_collection``."""
     table = _only_csv(path) if path.is_dir() else path
     rows = read_table(table, _REQUIRED)
@@ -80,5 +82,7 @@ def _existing(table: Path, line: int, column: str, name: str) -> Path:
         raise UserError(f"{table}: line {line} names no {column}; give its path, relative to {table.parent}.")
     path = Path(os.path.normpath(table.parent / name))
     if not path.is_file():
-        raise UserError(f"{table}: line {line} names the {column} {name!r}, but {path} is not a file.")
+        raise UserError(
+            f"{table}: line {line} names the {column} {name!r}, which is no file; paths are relative to {table.parent}."
+        )
     return path

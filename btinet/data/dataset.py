@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,10 @@ class Augmentation:
 
 
 class SegmentationDataset(Dataset[dict[str, Any]]):
-    """Images with lesion mask and class, decoded and resized up front, so that a bad file shows at once.
+    """Images with lesion mask and class, all decoded up front, so that a bad file shows at once.
+
+    The resized pixels stay in memory if they take at most ``memory_share`` of what is free; else each access reads
+    its files again.
 
     An item is a dict of ``image`` float32 [C, H, W] (normalised), ``mask`` float32 [1, H, W] in {0, 1},
     ``label`` int64 scalar (-1: not labelled) and ``index`` int (position in ``samples``). The key is (index,
@@ -69,6 +74,10 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         augmentation: None: none.
         seed: of the augmentation, not negative.
         mask_threshold: see ``read_mask``.
+        memory_share: of the free memory that the pixels may take; 0: none.
+
+    Attributes:
+        in_memory: whether the pixels are kept.
 
     Raises:
         UserError: an image or mask cannot be read.
@@ -82,6 +91,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         mask_threshold: int | None = None,
+        memory_share: float = 0.5,
     ) -> None:
         self.samples = tuple(samples)
         self.preprocessing = preprocessing
@@ -89,18 +99,23 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self._copies = augmentation.copies if augmentation else 0
         self._transform = _transform(augmentation) if augmentation else None
+        self._mask_threshold = mask_threshold
         height, width = preprocessing.image_size
+        self.in_memory = len(samples) * (preprocessing.channels + 1) * height * width <= memory_share * free_memory()
+        if not self.in_memory:
+            check_files(self.samples, preprocessing.channels, mask_threshold)
+            return
         self._images = torch.empty((len(samples), preprocessing.channels, height, width), dtype=torch.uint8)
         self._masks = torch.empty((len(samples), 1, height, width), dtype=torch.uint8)
+        for index, (image, mask) in enumerate(map_in_threads(self._load, self.samples)):
+            self._images[index], self._masks[index] = image, mask
 
-        def load(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-            image = read_image(sample.image, preprocessing.channels)
-            mask = read_mask(sample.masks, image.shape[0], image.shape[1], mask_threshold)
-            return resize_image(image, (height, width)), resize_mask(mask, (height, width))
-
-        for index, (image, mask) in enumerate(map_in_threads(load, self.samples)):
-            self._images[index] = torch.from_numpy(image).permute(2, 0, 1)
-            self._masks[index, 0] = torch.from_numpy(mask)
+    def _load(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Return the resized image uint8 [C, H, W] and mask uint8 [1, H, W]."""
+        image, mask = _read(sample, self.preprocessing.channels, self._mask_threshold)
+        size = self.preprocessing.image_size
+        pixels = torch.from_numpy(resize_image(image, size)).permute(2, 0, 1)
+        return pixels, torch.from_numpy(resize_mask(mask, size)).to(torch.uint8).unsqueeze(0)
 
     def __len__(self) -> int:
         return len(self.samples) * (1 + self._copies)
@@ -110,7 +125,10 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         if not 0 <= item < len(self):
             raise IndexError(f"index {item} is outside 0..{len(self) - 1}")
         copy, index = divmod(item, len(self.samples))
-        image, mask = self._images[index], self._masks[index]
+        if self.in_memory:
+            image, mask = self._images[index], self._masks[index]
+        else:
+            image, mask = self._load(self.samples[index])
         if self._transform is not None and (copy or not self._copies):
             image, mask = self._augmented(image, mask, (0 if copy else epoch, index, copy))
         return {
@@ -129,28 +147,66 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
+def check_files(samples: Sequence[Sample], channels: int, mask_threshold: int | None = None) -> None:
+    """Read every image and mask once; raises ``UserError`` at the first that cannot be used."""
+
+    def check(sample: Sample) -> None:
+        _read(sample, channels, mask_threshold)
+
+    for _ in map_in_threads(check, samples):
+        pass
+
+
+def free_memory() -> int:
+    """Return how many bytes of memory this process may still take: of the machine, and of its control group."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
+
+
+def _read(sample: Sample, channels: int, mask_threshold: int | None) -> tuple[np.ndarray, np.ndarray]:
+    image = read_image(sample.image, channels)
+    return image, read_mask(sample.masks, image.shape[0], image.shape[1], mask_threshold)
+
+
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (index, epoch) for a ``DataLoader``'s ``batch_sampler``.
 
     Args:
         length: number of items, ``len(dataset)``.
         batch_size: items per batch, at least 1.
-        shuffle: True: a permutation that depends on (seed, epoch) only, and a last batch of one item is
-            merged into the one before it (batch normalisation of vectors needs two). False: in order, nothing
-            merged.
+        shuffle: True: a permutation that depends on (seed, epoch) only, and a last batch that would leave a process
+            with one item is merged into the one before it (batch normalisation of vectors needs two). False: in
+            order, nothing merged.
         seed: of the permutation, not negative.
+        rank: which of ``processes`` this is.
+        processes: how many share the items. Shuffled, each step takes ``processes`` · ``batch_size`` items and gives
+            every process its share of them; in order, the processes take whole batches in turn.
 
     Raises:
         UserError: ``batch_size`` below 1.
     """
 
-    def __init__(self, length: int, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
+    def __init__(
+        self, length: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, processes: int = 1
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size: found {batch_size}, expected at least 1.")
         self.length = length
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.rank = rank
+        self.processes = processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -158,20 +214,23 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
 
     def _starts(self) -> list[int]:
-        starts = list(range(0, self.length, self.batch_size))
-        alone = self.batch_size > 1 and len(starts) > 1 and self.length % self.batch_size == 1
-        return starts[:-1] if self.shuffle and alone else starts
+        step = self.batch_size * self.processes if self.shuffle else self.batch_size
+        starts = list(range(0, self.length, step))
+        too_few = self.batch_size > 1 and len(starts) > 1 and self.length - starts[-1] < 2 * self.processes
+        return starts[:-1] if self.shuffle and too_few else starts
 
     def __len__(self) -> int:
-        return len(self._starts())
+        return len(self._starts()) if self.shuffle else len(self._starts()[self.rank :: self.processes])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = self.epoch, list(range(self.length))
         if self.shuffle:
             generator = torch.Generator().manual_seed(_mixed_seed(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
-        for start, stop in pairwise([*self._starts(), self.length]):
-            yield [(index, epoch) for index in order[start:stop]]
+        batches = [[(i, epoch) for i in order[a:b]] for a, b in pairwise([*self._starts(), self.length])]
+        if self.shuffle:
+            return iter([batch[self.rank :: self.processes] for batch in batches])
+        return iter(batches[self.rank :: self.processes])
 
 
 def _transform(augmentation: Augmentation) -> v2.Transform:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from btinet.data.layout_options import LayoutOptions
+from btinet.data.listing import IMAGE_SUFFIXES, label_of
 from btinet.data.samples import Collection, Sample
+from btinet.data.tables import read_table
 from btinet.errors import UserError
 
 BUSI_FOLDER = "Dataset_BUSI_with_GT"
 BUSI_CLASSES = ("benign", "malignant", "normal")
 BUSI_WITHOUT_LESION = "normal"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+FOLDERS_TREE = "one folder per class with NAME.png and NAME_mask.png"
 _MASK_NAME = re.compile(r"^(?P<id>.+?)_mask(_\d+)?\.png$", re.IGNORECASE)
-_BUSI_TREE = (
+BUSI_TREE = (
     f"{BUSI_FOLDER}/{{{','.join(BUSI_CLASSES)}}}/ with 'benign (1).png', 'benign (1)_mask.png', "
     "'benign (4)_mask_1.png' and so on"
 )
@@ -39,18 +43,18 @@ def has_class_folders(path: Path) -> bool:
     return False
 
 
-def read_busi(path: Path, classes: Sequence[str] | None) -> Collection:
+def read_busi(root: Path, classes: Sequence[str] | None, options: LayoutOptions) -> Collection:
     """Read BUSI; see ``read_collection``."""
-    root = find_busi(path) or path
     for name in BUSI_CLASSES:
         if not (root / name).is_dir():
-            raise UserError(f"{root}: the class folder {name} is missing; expected {_BUSI_TREE}.")
+            raise UserError(f"{root}: the class folder {name} is missing; expected {BUSI_TREE}.")
     found = [folder.name for folder in _folders(root) if folder.name in BUSI_CLASSES or any(_listing(folder))]
     _check_known(root, found, BUSI_CLASSES)
-    return _collect("busi", root, classes if classes is not None else BUSI_CLASSES, found)
+    collection = _collect("busi", root, classes if classes is not None else BUSI_CLASSES, found)
+    return collection if options.curated is None else _curated(collection, options.curated)
 
 
-def read_folders(path: Path, classes: Sequence[str] | None) -> Collection:
+def read_folders(path: Path, classes: Sequence[str] | None, options: LayoutOptions) -> Collection:
     """Read one folder per class; see ``read_collection``."""
     found = [folder.name for folder in _folders(path)]
     if not found:
@@ -58,6 +62,24 @@ def read_folders(path: Path, classes: Sequence[str] | None) -> Collection:
             f"{path}: expected one folder per class with NAME.png and NAME_mask.png in it, found no folder."
         )
     return _collect("folders", path, classes if classes is not None else found, found)
+
+
+def _curated(collection: Collection, table: Path) -> Collection:
+    """Keep the images of a list ``class;id``, the id of ``benign (7).png`` being 7."""
+    numbered = {(s.image.parent.name, s.image.stem.removeprefix(s.image.parent.name)): s for s in collection.samples}
+    kept: dict[str, Sample] = {}
+    for line, row in read_table(table, ("class", "id"), delimiter=";"):
+        where = f"{table}: line {line}"
+        label_of(row["class"], BUSI_CLASSES, where)
+        sample = numbered.get((row["class"], f" ({row['id']})"))
+        if sample is None:
+            raise UserError(f"{where} names {row['class']} ({row['id']}), which is not in {collection.root}.")
+        if sample.id in kept:
+            raise UserError(f"{where} lists {row['class']} ({row['id']}) a second time; one line each.")
+        kept[sample.id] = sample
+    if not kept:
+        raise UserError(f"{table}: lists no image below its first line; expected one line class;id per image to keep.")
+    return replace(collection, samples=tuple(sample for sample in collection.samples if sample.id in kept))
 
 
 def _collect(layout: str, root: Path, classes: Sequence[str], found: Sequence[str]) -> Collection:

@@ -94,6 +94,21 @@ def merge_groups(samples: Sequence[Sample], groups: Mapping[str, str]) -> dict[s
     return _named([sample.id for sample in samples], group_components(samples, groups))
 
 
+def without_prescribed(samples: Sequence[Sample], groups: Mapping[str, str]) -> dict[str, str]:
+    """Leave out samples whose split is prescribed: near-duplicates do not change a published test set."""
+    prescribed = {sample.id for sample in samples if sample.split is not None}
+    return {identifier: group for identifier, group in groups.items() if identifier not in prescribed}
+
+
+def straddling_groups(split: Mapping[str, str], groups: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the groups (name → sample ids) that lie in more than one part of ``split`` (sample id → part)."""
+    members: dict[str, list[str]] = {}
+    for identifier, group in groups.items():
+        if identifier in split:
+            members.setdefault(group, []).append(identifier)
+    return {group: ids for group, ids in members.items() if len({split[identifier] for identifier in ids}) > 1}
+
+
 def read_groups(path: Path) -> dict[str, str]:
     """Read a CSV file with the columns group and image; return image (sample id) → group.
 

@@ -14,6 +14,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from btinet.errors import UserError
 
+MAX_PIXELS = 100_000_000  # of one picture; what decodes to more is refused before it is decoded
+# No others: Pillow runs Ghostscript on PostScript, whatever the file is called.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -28,8 +32,8 @@ def read_image(path: Path, channels: int) -> np.ndarray:
     is taken. Of 16-bit pixels the high byte is kept, as PIL itself does for 16-bit colour.
 
     Raises:
-        UserError: missing, truncated or not an image; floating-point pixels; 16-bit pixels so small (below
-            4096) that 8 bits of them would be almost black.
+        UserError: missing, truncated or not an image; more than ``MAX_PIXELS``; floating-point pixels; 16-bit
+            pixels so small (below 4096) that 8 bits of them would be almost black.
     """
     if channels not in (1, 3):
         raise UserError(f"channels: found {channels}, expected 1 (grey) or 3 (RGB).")
@@ -74,6 +78,20 @@ def read_mask(paths: Sequence[Path], height: int, width: int, threshold: int | N
     return union
 
 
+def image_mode(path: Path) -> str:
+    """Return Pillow's mode of an image that can be read, such as "RGB"."""
+    with Image.open(path, formats=_FORMATS) as handle:
+        return handle.mode
+
+
+def describe_mask(path: Path) -> str:
+    """Return Pillow's mode of a mask and the values in it, such as "L, values 0 and 255"; see ``read_mask``."""
+    picture = _decode(path)
+    values = np.unique(_mask_values(path, picture)).tolist()
+    what = " and ".join(map(str, values)) if len(values) <= 2 else f"{len(values)} of {values[0]} to {values[-1]}"
+    return f"{picture.mode}, value{'s' * (len(values) > 1)} {what}"
+
+
 def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
     """Apply ``function`` to ``items`` in threads; yield the results in order."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -82,7 +100,12 @@ def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item])
 
 def _decode(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as handle:
+        with Image.open(path, formats=_FORMATS) as handle:
+            if handle.width * handle.height > MAX_PIXELS:
+                raise UserError(
+                    f"{path}: the picture is {handle.width}×{handle.height} pixels, more than the {MAX_PIXELS:,} "
+                    "that are accepted; make it smaller."
+                )
             handle.load()
             return ImageOps.exif_transpose(handle)
     except UnidentifiedImageError as error:

@@ -17,6 +17,7 @@ class Sample:
         label: index into ``Collection.classes``; -1: not labelled.
         group: samples with the same group (one patient, one lesion) never straddle a split.
         split: "train", "val" or "test" when the data set prescribes it.
+        stratum: what parts of a split should hold in equal shares beside the class (BRISC: the plane); "": nothing.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Sample:
     label: int
     group: str | None = None
     split: str | None = None
+    stratum: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Collection:
     """A data set: its samples, sorted by id, and the class names their labels point into.
 
     Attributes:
-        name: the layout it was read from: "busi", "folders" or "csv".
+        name: the layout it was read from, one of ``DATASETS`` but "auto".
         root: the folder that the sample ids are relative to.
         classes: class names; a label is an index into them.
         samples: all samples, sorted by id.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import track
 
 from btinet.data.images import read_image, read_mask
-from btinet.data.layouts import read_collection
+from btinet.data.layout_options import LayoutOptions
 from btinet.data.preprocessing import resize_image, resize_mask
 from btinet.data.samples import Collection, Sample
+from btinet.data.source import DataSource
 from btinet.data.splits import read_split
 from btinet.errors import UserError
 from btinet.evaluation.classification import ClassificationScores, classification_scores
@@ -30,7 +31,7 @@ from btinet.evaluation.segmentation import (
 )
 from btinet.evaluation.tables import write_csv, write_json
 from btinet.models.checkpoint import load_checkpoint
-from btinet.serving.predictor import Predictor, signal_columns
+from btinet.serving.predictor import Precision, Predictor, signal_columns
 
 CASES_PER_ROW = 3
 
@@ -44,6 +45,7 @@ class EvaluateOptions:
         data: data set; default: the one the run was trained on. Give it when the data has moved, or, with
             split "all", to evaluate on other data with the same class names.
         dataset: layout of the data; default: the run's own, or "auto" when ``data`` is given.
+        layout_options, manifest: with ``data``, see ``DataSource``; otherwise the run's own.
         split: "train", "val" or "test" of the run's ``split.csv``, or "all" images without looking at the
             split.
         out: folder for the results; default: ``evaluation-SPLIT`` in the run folder.
@@ -53,6 +55,7 @@ class EvaluateOptions:
         batch_size: images per forward pass.
         hd95_empty: HD95 of an image where exactly one mask is empty: the image diagonal, infinity, or left
             out.
+        precision: "float32" or "bfloat16"; see ``Predictor``.
     """
 
     run: Path
@@ -64,6 +67,9 @@ class EvaluateOptions:
     device: str = "auto"
     batch_size: int = 8
     hd95_empty: HD95Empty = "diagonal"
+    precision: Precision = "float32"
+    layout_options: LayoutOptions = field(default_factory=LayoutOptions)
+    manifest: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Summary:
 
     Attributes:
         run, data, out: folders (``data`` may be a CSV file).
-        split, eval_size, hd95_empty: as in ``EvaluateOptions``.
+        split, eval_size, hd95_empty, precision: as in ``EvaluateOptions``.
         images: number of images evaluated.
         image_size: height and width of the network's input.
         threshold: lesion probability above which a pixel is lesion.
@@ -90,6 +96,7 @@ class Summary:
     image_size: tuple[int, int]
     threshold: float
     hd95_empty: str
+    precision: str
     segmentation: SegmentationSummary
     classification: ClassificationScores | None
     baselines: dict[str, dict[str, float]]
@@ -118,9 +125,9 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
     if options.batch_size < 1:
         raise UserError(f"batch size {options.batch_size}: expected at least 1.")
     folder = options.run if options.run.is_dir() else options.run.parent
-    predictor = Predictor(load_checkpoint(options.run), options.device)
-    data, dataset, mask_threshold = _data_source(options, folder)
-    collection = read_collection(data, dataset, classes=predictor.classes)
+    predictor = Predictor(load_checkpoint(options.run), options.device, precision=options.precision)
+    source, mask_threshold = _data_source(options, folder)
+    collection = source.read(predictor.classes)
     samples = _chosen_samples(options.split, folder, collection)
     reader = _Reader(predictor, options.eval_size, mask_threshold)
     results = list(_evaluate(reader, samples, options.batch_size, options.hd95_empty))
@@ -132,7 +139,7 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
     out = options.out or folder / f"evaluation-{options.split}"
     summary = Summary(
         run=str(folder),
-        data=str(data),
+        data=str(source.path),
         out=str(out),
         split=options.split,
         images=len(results),
@@ -140,6 +147,7 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
         image_size=predictor.preprocessing.image_size,
         threshold=predictor.threshold,
         hd95_empty=options.hd95_empty,
+        precision=options.precision,
         segmentation=summarise_segmentation([result.scores for result in results]),
         classification=classification_scores(labels, probabilities, classes) if labelled else None,
         baselines=_baselines(results),
@@ -195,16 +203,20 @@ def _evaluate(reader: _Reader, samples: Sequence[Sample], batch_size: int, hd95_
             yield _Result(sample, (height, width), scores, prediction.class_probabilities, signals)
 
 
-def _data_source(options: EvaluateOptions, folder: Path) -> tuple[Path, str, int | None]:
+def _data_source(options: EvaluateOptions, folder: Path) -> tuple[DataSource, int | None]:
     config = _read_config(folder / "config.yaml")
     if options.data is not None:
-        return options.data, options.dataset or "auto", config.get("mask_threshold")
+        given = DataSource(options.data, options.dataset or "auto", options.layout_options, options.manifest)
+        return given, config.get("mask_threshold")
+    if options.manifest is not None or options.layout_options != LayoutOptions():
+        raise UserError("--manifest, --curated, --labels, --lesion-groups: belong to --data; give it too.")
     if not config.get("data"):
         raise UserError(f"{folder / 'config.yaml'}: names no data; say with --data where the data set lies.")
     data = Path(config["data"])
     if not data.exists():
         raise UserError(f"{data}: the data of this run is no longer there; say with --data where it lies now.")
-    return data, options.dataset or config.get("dataset") or "auto", config.get("mask_threshold")
+    source = DataSource.from_options(config)
+    return replace(source, dataset=options.dataset or source.dataset), config.get("mask_threshold")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from btinet.data.preprocessing import Preprocessing
 from btinet.errors import UserError
@@ -38,11 +39,18 @@ def save_checkpoint(
     model: BTINet,
     classes: tuple[str, ...],
     preprocessing: Preprocessing,
+    weights: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write both files into ``folder``, each whole or not at all; raises ``UserError`` when it cannot.
 
-    ``extra``: further entries of ``config.json``, which ``load_checkpoint`` hands on in ``Checkpoint.config``.
+    Args:
+        folder: of the run.
+        model: what is saved.
+        classes: names, in the order of the outputs.
+        preprocessing: of the images.
+        weights: a ``state_dict`` of the model to save in place of its present one.
+        extra: further entries of ``config.json``, which ``load_checkpoint`` hands on in ``Checkpoint.config``.
     """
     if model.batchnorms_left is not None:
         raise UserError("a fused network is no checkpoint; save the one that fuse() was called on.")
@@ -54,8 +62,9 @@ def save_checkpoint(
         "preprocessing": preprocessing.to_dict(),
         **(extra or {}),
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_path(folder / WEIGHTS_NAME) as temporary:
+    weights = model.state_dict() if weights is None else weights
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_path(folder / WEIGHTS_NAME, durable=True) as temporary:
         try:
             save_file(state, temporary)
         except SafetensorError as error:  # its form of an OSError

@@ -91,7 +91,7 @@ def import_keras(
     state = {v.ours: torch.from_numpy(v.to_ours(values[v.name], shapes[v.ours])) for v in official if v.ours}
     counters = {name: torch.tensor(0) for name in shapes if name.endswith("num_batches_tracked")}  # Keras has none
     model.load_state_dict(state | counters, assign=True)
-    save_checkpoint(out, model, names, preprocessing, {_SCALES_KEY: scales})
+    save_checkpoint(out, model, names, preprocessing, extra={_SCALES_KEY: scales})
     return Conversion(out, len(official), names, size)
 
 
@@ -149,21 +149,22 @@ def _matched(
         else:
             pairs.append((variable, match))
     if missing or unexpected or misshapen:
-        raise UserError(_difference(file, {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}))
+        raise _difference(file, {"missing": missing, "unexpected": unexpected, "misshapen": misshapen})
     return pairs
 
 
-def _difference(file: Path, groups: Mapping[str, Sequence[str]]) -> str:
+def _difference(file: Path, groups: Mapping[str, Sequence[str]]) -> UserError:
     """One sentence, then the variables concerned, by their path in Keras and, after the arrow, with us."""
     counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in groups.items())
-    text = [
-        f"{file}: holds another network than the official BTI-Net with EfficientNet-B4, whose variables are {counts}:"
-    ]
+    details = []
     for kind, lines in groups.items():
-        text += [f"  {kind:<10}  {line}" for line in lines[:_LISTED]]
+        details += [f"{kind:<10}  {line}" for line in lines[:_LISTED]]
         if len(lines) > _LISTED:
-            text.append(f"  {kind:<10}  … and {len(lines) - _LISTED} more")
-    return "\n".join(text)
+            details.append(f"{kind:<10}  … and {len(lines) - _LISTED} more")
+    return UserError(
+        f"{file}: holds another network than the official BTI-Net with EfficientNet-B4; of its variables {counts}.",
+        details,
+    )
 
 
 def _class_names(given: Sequence[str] | None, count: int, file: Path) -> tuple[str, ...]:

@@ -58,9 +58,17 @@ class ExpansionEncoder(nn.Module):
                 x = block(x)
         return [*taps, self.bn2(self.conv_head(x))]
 
-    def early_parameters(self) -> list[nn.Parameter]:
-        """Stem and the stages up to stride 4, in whose place the official code freezes its first 50 layers."""
-        return [p for module in (self.conv_stem, self.bn1, *self.blocks[:2]) for p in module.parameters()]
+    def early_parameters(self, stages: int = 1) -> list[nn.Parameter]:
+        """Stem and all blocks up to stride 4 (the default, near to the official code's first 50 layers), 8, 16, …"""
+        early: list[nn.Module] = [self.conv_stem, self.bn1]
+        stride = 2
+        for stage in self.blocks:
+            stride *= 2 if _halves(next(stage.children())) else 1
+            if stride <= 2 ** (stages + 1):
+                early.append(stage)
+        if stages == number_of_stages(self):
+            early += [self.conv_head, self.bn2]
+        return [p for module in early for p in module.parameters()]
 
 
 class PyramidEncoder(nn.Module):
@@ -80,13 +88,20 @@ class PyramidEncoder(nn.Module):
         maps = self.net(image)
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
 
-    def early_parameters(self) -> list[nn.Parameter]:
-        """All parameters up to the first level of stride 4 or more."""
-        level = next(i for i, reduction in enumerate(self.reductions) if reduction >= 4)
+    def early_parameters(self, stages: int = 1) -> list[nn.Parameter]:
+        """All parameters up to the level of stride 4 (the default), 8, 16, …"""
+        level = self.reductions.index(2 ** (stages + 1))
         name = self._modules_of_levels[level]
-        parameters = list(self.net.named_parameters())
-        inside = [i for i, (n, _) in enumerate(parameters) if n.startswith((f"{name}.", name.replace(".", "_") + "."))]
-        return [p for _, p in parameters[: inside[-1] + 1]] if inside else []
+        names = (name, name.replace(".", "_"))  # features_only may have flattened the backbone
+        modules = list(self.net.named_modules())
+        inside = [i for i, (path, _) in enumerate(modules) if any(f"{path}.".startswith(f"{n}.") for n in names)]
+        early = modules[: inside[-1] + 1] if inside else []
+        return [p for _, module in early for p in module.parameters(recurse=False)]
+
+
+def number_of_stages(encoder: ExpansionEncoder | PyramidEncoder) -> int:
+    """How many stages ``early_parameters`` can tell apart: the feature maps of stride 4 and more."""
+    return sum(reduction >= 4 for reduction in encoder.reductions)
 
 
 def create_encoder(

@@ -18,12 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from btinet.errors import UserError
 from btinet.models.encoder import ExpansionEncoder, PyramidEncoder
 from btinet.models.fusion import fold_batchnorms
-from btinet_kernels import fused_upsample_twice, restore
+from btinet_kernels import accelerate, fused_upsample_twice, restore
 from btinet_kernels.interaction.reference import Pooling, Signals
 from btinet_kernels.nn import (
     NORM_EPSILON,
     NORM_MOMENTUM,
     AttentionGate,
+    Dropout,
     ResidualBlock,
     TaskInteractionLevel,
     TaskInteractionModule,
@@ -122,7 +123,7 @@ class DecoderLevel(nn.Module):
         self.upsample = UpsampleTwice(in_channels, channels)
         self.skip_gate = AttentionGate(skip_channels, channels, max(1, channels // 2))
         self.block = ResidualBlock(channels + skip_channels, channels, attention=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.clf_features = nn.Linear(source_channels, config.clf_channels)
         self.interaction: nn.Module | None = None
         if interaction == "fixed":
@@ -237,6 +238,7 @@ class BTINet(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         image = torch.rand(1, self.config.in_chans, height, width, device=weight.device, dtype=weight.dtype)
         fused.batchnorms_left = fold_batchnorms(fused, image)
+        accelerate(fused.encoder)
         return fused
 
     def gate_parameters(self) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from btinet.evaluation.tables import write_csv, write_json
 from btinet.files import atomic_path
 from btinet.models.checkpoint import load_checkpoint
 from btinet.serving.overlays import draw_overlay
-from btinet.serving.predictor import Prediction, Predictor, signal_columns
+from btinet.serving.predictor import Precision, Prediction, Predictor, signal_columns
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 MASK_NAME = re.compile(r".+_mask(_\d+)?\.png$", re.IGNORECASE)
@@ -40,6 +40,7 @@ class PredictOptions:
         device: "auto", "cpu", "cuda" or "cuda:N".
         batch_size: images per forward pass.
         threshold: lesion probability above which a pixel is lesion.
+        precision: "float32" or "bfloat16"; see ``Predictor``.
     """
 
     run: Path
@@ -48,6 +49,7 @@ class PredictOptions:
     device: str = "auto"
     batch_size: int = 8
     threshold: float = 0.5
+    precision: Precision = "float32"
 
 
 def predict_files(options: PredictOptions) -> list[dict[str, Any]]:
@@ -73,7 +75,7 @@ def predict_files(options: PredictOptions) -> list[dict[str, Any]]:
     images = find_images(options.inputs, options.out)
     names = output_names(images, options.inputs)
     _refuse_overwriting(images, names, options.out)
-    predictor = Predictor(load_checkpoint(options.run), options.device, options.threshold)
+    predictor = Predictor(load_checkpoint(options.run), options.device, options.threshold, options.precision)
     channels = predictor.preprocessing.channels
     for path in images:
         read_image(path, channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from btinet.data.preprocessing import resize_image
 from btinet.errors import UserError
 from btinet.models.checkpoint import Checkpoint
 from btinet.models.network import BTINet
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,20 @@ class Predictor:
         device: "auto" (the GPU where torch finds one, else the CPU) or a torch device such as "cpu" or
             "cuda:1".
         threshold: lesion probability above which a pixel is lesion, strictly between 0 and 1.
+        precision: what the network computes in. "bfloat16" is about twice as fast on a CPU with AVX512_BF16 or on a
+            GPU; a few pixels at the edges of lesions may change.
 
     Raises:
         UserError: the device cannot be used or the threshold is outside (0, 1).
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto", threshold: float = 0.5) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "auto",
+        threshold: float = 0.5,
+        precision: Precision = "float32",
+    ) -> None:
         if not 0 < threshold < 1:
             raise UserError(f"threshold {threshold}: expected a number between 0 and 1, for example 0.5.")
         self.classes = checkpoint.classes
@@ -62,7 +73,9 @@ class Predictor:
         self.threshold = threshold
         self.device = usable_device(device)
         model = checkpoint.model.to(self.device).eval()
-        self.model = model.fuse(self.preprocessing.image_size) if isinstance(model, BTINet) else model
+        fused = model.fuse(self.preprocessing.image_size) if isinstance(model, BTINet) else model
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.model = fused.to(self.dtype).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
@@ -82,7 +95,7 @@ class Predictor:
             self._check(image, position)
         resized = np.stack([resize_image(image, size) for image in images])
         pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)
-        output = self.model(self.preprocessing.normalise(pixels))
+        output = self.model(self.preprocessing.normalise(pixels).to(self.dtype))
         if not (torch.isfinite(output.seg_logits).all() and torch.isfinite(output.cls_logits).all()):
             raise UserError(
                 "The model's output holds nan or infinite values; train it again or use another checkpoint."

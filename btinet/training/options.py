@@ -78,7 +78,9 @@ class TrainOptions:
 
     data: str = option(help="Folder of the data set, or the CSV file.")
     out: str = option(help="Folder of the run, new or empty.")
-    dataset: Literal["auto", "busi", "folders", "csv"] = option("auto", "Layout of the data; auto recognises it.")
+    dataset: Literal[
+        "auto", "busi", "busi_whu", "ham10000", "isic2018", "isic2017", "brisc", "cheng", "folders", "csv"
+    ] = option("auto", "Layout of the data; auto recognises it.")
     model: str = option("btinet_efficientnet_b4", "btinet_ and the name of a timm backbone.")
     preset: Preset = option(
         "fixed",
@@ -88,19 +90,42 @@ class TrainOptions:
     epochs: int = option(50, "Most epochs of stage 1, the whole network.")
     stage2_epochs: int = option(15, "Most epochs of stage 2, the gates alone; 0 skips it.")
     image_size: int = option(224, "Side of the square the images are resized to, in pixels.")
-    batch_size: int = option(8, "Images per step.")
+    batch_size: int = option(8, "Images per batch, in each process.")
+    accumulate: int = option(1, "Batches whose gradients make one step together.")
     lr: float = option(3e-4, "Initial learning rate of stage 1.")
     stage2_lr: float = option(3e-4, "Learning rate of stage 2.")
     patience: int = option(22, "Epochs of stage 1 without improvement before it stops.")
     stage2_patience: int = option(5, "The same for stage 2.")
+    extend_epochs: int = option(
+        0, "Epochs of stage 1 that follow however it ended; with --resume, that many more than the run has."
+    )
+    ema: float | None = option(
+        None, "Decay of a moving average of the weights, e.g. 0.999, which is then what is validated and saved."
+    )
     seed: int = option(42, "Seed of the split, the weights, the order and the augmentation.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train.")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = option(
         "auto", "Arithmetic; auto is bf16-mixed on a GPU that has it and 32-true elsewhere."
     )
+    compile: bool = option(False, "Compile the network with torch.compile: slow first steps, faster ones after them.")
+    memory_format: Literal["channels_last", "contiguous"] = option(
+        "channels_last", "How images and feature maps lie in memory."
+    )
+    deterministic: bool = option(
+        False, "Refuse operations that differ from run to run; the same seed then gives the same weights, bit for bit."
+    )
+    tensorboard: bool = option(False, "Write event files for TensorBoard into the run's folder tensorboard.")
     workers: int = option(0, "Processes that prepare images; 0 prepares them in the training process.")
     channels: Literal[1, 3] = option(3, "Channels of the images, grey or colour.")
-    split: str | None = option(None, "A split.csv to reuse instead of making one.")
+    manifest: str | None = option(None, "manifest.json of btinet data check: train on exactly these files.")
+    curated: str | None = option(None, "BUSI: table class;id of the images to keep.")
+    labels: str | None = option(None, "BUSI-WHU as on Mendeley: table file,label.")
+    lesion_groups: str | None = option(None, "ISIC 2018: table image,lesion_id.")
+    drop_train_duplicates_of_test: bool = option(
+        False, "Leave out images that nearly equal one of the prescribed test images."
+    )
+    split: str | None = option(None, "A split.csv to reuse instead of making one, or the folds of btinet data split.")
+    fold: int | None = option(None, "With folds in --split: the one to test (or to validate, if a test part is given).")
     groups: str | None = option(
         None,
         "CSV group,image of images that must stay together; without it near-duplicates are searched for.",
@@ -114,9 +139,10 @@ class TrainOptions:
     )
     pool: Literal["gap", "softmax"] = option("gap", "How segmentation context is pooled for classification.")
     decoder_channels: list[int] | None = option(None, "Widths of the decoder levels, coarse to fine.")
-    freeze_early: bool | None = option(
+    freeze_stages: int | None = option(
         None,
-        "Keep stem and first stages of the encoder as they are; the default does so when weights were loaded.",
+        "Keep the encoder's stem and so many of its stages as they are: 1 up to stride 4, 2 up to stride 8, …; 0: "
+        "none. The default is 1 when weights were loaded and 0 otherwise.",
     )
     recipe: dict[str, Any] | None = option(None, "Single settings of the preset to change, e.g. {seg_weight: 0.9}.")
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.yaml, split.csv, metrics.jsonl, curves.png, environment.json, and the checkpoint."""
+"""What a run leaves behind besides its checkpoint and states: options, split, metrics, curves, environment."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import yaml
 
 from btinet import allocator
 from btinet.errors import UserError
-from btinet.files import atomic_path, write_text
+from btinet.files import atomic_path, remove_leftovers, write_text
+from btinet.models.checkpoint import CONFIG_NAME as MODEL_CONFIG_NAME
+from btinet.models.checkpoint import WEIGHTS_NAME
 from btinet.training.curves import curves_figure
 from btinet.training.options import Recipe, TrainOptions
+from btinet.training.resume import STATE_NAMES
 
 CONFIG_NAME = "config.yaml"
 SPLIT_NAME = "split.csv"
@@ -27,6 +30,7 @@ METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "curves.png"
 ENVIRONMENT_NAME = "environment.json"
 
+_DATA_PATHS = ("data", "manifest", "curated", "labels", "lesion_groups")
 _PACKAGES = ("btinet-kernels", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "pillow")
 
 
@@ -34,19 +38,48 @@ def claim(folder: Path) -> None:
     """Make sure ``folder`` is new or empty; raises ``UserError`` otherwise, so that no run overwrites another."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; give a folder.")
+    if (folder / CONFIG_NAME).is_file():
+        raise UserError(f"--out {folder}: is not empty but holds a run; choose a new folder, or --resume this one.")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out {folder}: is not empty; choose a new folder or empty this one.")
 
 
+def read_options(folder: Path) -> TrainOptions:
+    """Read the options of a run, which may have been moved; raises ``UserError`` when they cannot be read."""
+    file = folder / CONFIG_NAME
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return TrainOptions(**{**content, "out": str(folder)})
+    except FileNotFoundError as error:
+        raise UserError(f"--resume {folder}: holds no {CONFIG_NAME}; give the folder of a run.") from error
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: not the options of a training by this version of btinet ({reason}).") from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files of a run that was killed; nobody may be training in the folder."""
+    ours = (CONFIG_NAME, SPLIT_NAME, GROUPS_NAME, METRICS_NAME, CURVES_NAME, ENVIRONMENT_NAME)
+    for name in (*ours, WEIGHTS_NAME, MODEL_CONFIG_NAME, *STATE_NAMES.values()):
+        remove_leftovers(folder / name)
+
+
 def write_config(folder: Path, options: TrainOptions, recipe: Recipe) -> None:
-    """Write the options, with the data's absolute path and the whole recipe, as YAML that ``--config`` reads back."""
-    content = asdict(options) | {"data": str(Path(options.data).resolve()), "recipe": asdict(recipe)}
+    """Write the options, with absolute paths of the data and the whole recipe, as YAML that ``--config`` reads back."""
+    content = asdict(options) | {"recipe": asdict(recipe)}
+    for name in _DATA_PATHS:
+        if content[name] is not None:
+            content[name] = str(Path(content[name]).resolve())
     write_text(folder / CONFIG_NAME, yaml.safe_dump(content, sort_keys=False))
 
 
-def write_environment(folder: Path, device: str, precision: str) -> None:
-    """Write versions, machine and thread count: what a reader needs to judge or repeat the numbers."""
-    content = {
+def write_environment(folder: Path, device: str, precision: str, processes: int) -> None:
+    """Write versions, machine, threads and processes: what a reader needs to judge or repeat the numbers.
+
+    Of a run that is resumed they are added to the list "resumed" of the first.
+    """
+    file = folder / ENVIRONMENT_NAME
+    content: dict[str, Any] = {
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -54,15 +87,25 @@ def write_environment(folder: Path, device: str, precision: str) -> None:
         "packages": {name: _version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "precision": precision,
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "allocator": allocator.description(),
     }
-    write_text(folder / ENVIRONMENT_NAME, json.dumps(content, indent=2) + "\n")
+    if file.is_file():
+        first = json.loads(file.read_text(encoding="utf-8"))
+        content = first | {"resumed": [*first.get("resumed", []), content]}
+    write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON object per epoch."""
     write_text(folder / METRICS_NAME, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def count_metrics(folder: Path) -> int:
+    """The epochs in the metrics of a run; 0 when there are none."""
+    file = folder / METRICS_NAME
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
 
 
 def draw_curves(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -23,8 +25,8 @@ class CosinePlateau:
     _cooling: int = field(default=0, init=False)
 
     def rate(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0."""
-        cosine = 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+        """Learning rate of an epoch, counted from 0; from epoch ``epochs`` on the cosine stays where it ends."""
+        cosine = 0.5 * (1 + math.cos(math.pi * min(epoch, self.epochs) / self.epochs))
         return max(self.initial * (self.floor + (1 - self.floor) * cosine) * self._reduction, self.minimum)
 
     def observe(self, score: float) -> None:
@@ -38,6 +40,35 @@ class CosinePlateau:
             if self._waited >= self.patience:
                 self._reduction = max(self._reduction * self.factor, self.minimum / self.initial)
                 self._cooling, self._waited = self.cooldown, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``load_state_dict`` takes."""
+        return {name: getattr(self, name) for name in ("_reduction", "_best", "_waited", "_cooling")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict``."""
+        vars(self).update(state)
+
+
+@dataclass(frozen=True)
+class ConstantRate:
+    """The same learning rate in every epoch."""
+
+    initial: float
+
+    def rate(self, epoch: int) -> float:
+        """As ``CosinePlateau.rate``."""
+        return self.initial
+
+    def observe(self, score: float) -> None:
+        """As ``CosinePlateau.observe``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``CosinePlateau.state_dict``."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As ``CosinePlateau.load_state_dict``."""
 
 
 @dataclass
@@ -61,3 +92,11 @@ class EarlyStopping:
     def exhausted(self) -> bool:
         """Whether to stop."""
         return self._waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``load_state_dict`` takes."""
+        return {"best": self.best, "_waited": self._waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict``."""
+        vars(self).update(state)

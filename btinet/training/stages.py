@@ -1,30 +1,30 @@
-"""One epoch of training and of validation, and the two stages built from them."""
+"""The two stages of a training."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from btinet.data import EpochBatches
 from btinet.errors import UserError
 from btinet.models import BTINet, BTINetOutput
+from btinet.training import engine
+from btinet.training.averaging import WeightAverage
+from btinet.training.epochs import Batch, Loaders, Loss, average_statistics, progress, train_epoch, validate
 from btinet.training.losses import LossOptions, classification_loss, gate_losses, segmentation_loss
 from btinet.training.options import Recipe, TrainOptions
-from btinet.training.schedule import CosinePlateau, EarlyStopping
+from btinet.training.records import RunWriter
+from btinet.training.resume import RunState, random_states, restore_random_states
+from btinet.training.schedule import ConstantRate, CosinePlateau, EarlyStopping
 
-IOU_SHARE = 0.7  # of the score that selects the model; the rest is accuracy
-CLIP_NORM = 1.0
 GATE_WEIGHT = 1.0
 MIN_DELTA = 0.004
 RAMP_EPOCHS, RAMP_STEP, RAMP_SEG_END, RAMP_CLF_END = 15, 0.007, 0.92, 0.08
@@ -41,32 +41,36 @@ class Session:
     losses: LossOptions
     fabric: Fabric
     network: BTINet
-    module: nn.Module  # the network as Fabric wrapped it
-    train_loader: DataLoader[Any]
-    train_batches: EpochBatches
-    val_loader: DataLoader[Any]
+    loaders: Loaders
     console: Console
-    record: Callable[[Row], None]
-    save: Callable[[], None]
+    writer: RunWriter
+    rows: list[Row]  # of metrics.jsonl
+    resumed: RunState | None = None  # where to continue
     epochs_seen: int = 0  # of both stages: each draws its own order and augmentation
+
+
+@dataclass
+class Stage:
+    """What the stages differ in."""
+
+    number: int
+    epochs: int
+    extra_epochs: int  # after its end by ``epochs`` or by early stopping
+    optimizer: torch.optim.Optimizer
+    schedule: CosinePlateau | ConstantRate
+    stopping: EarlyStopping
+    loss_of: Callable[[int], Loss]  # epoch → its loss
+    judge: Callable[[Row], float]  # what early stopping and the choice of the best epoch go by
 
 
 def train_network(session: Session) -> None:
     """Stage 1: the whole network on both tasks; leaves the best weights in the network."""
     options, recipe = session.options, session.recipe
-    trained = [p for p in session.network.parameters() if p.requires_grad]
-    optimizer = _adam(session.fabric, trained, options.lr, beta1=0.91)
-    schedule = CosinePlateau(options.lr, options.epochs)
-    stopping = EarlyStopping(options.patience, MIN_DELTA)
 
-    def judge(row: Row) -> float:
-        schedule.observe(row["val_score"])
-        return row["val_score"]
-
-    def loss_of(epoch: int) -> Callable[[BTINetOutput, dict[str, Tensor]], Tensor]:
+    def loss_of(epoch: int) -> Loss:
         seg_weight, clf_weight = _weights(recipe, epoch)
 
-        def loss(output: BTINetOutput, batch: dict[str, Tensor]) -> Tensor:
+        def loss(output: BTINetOutput, batch: Batch) -> Tensor:
             seg = segmentation_loss(output.seg_logits, batch["mask"], session.losses)
             return seg_weight * seg + clf_weight * classification_loss(
                 output.cls_logits, batch["label"], session.losses
@@ -74,7 +78,18 @@ def train_network(session: Session) -> None:
 
         return loss
 
-    _run(session, 1, options.epochs, optimizer, schedule.rate, loss_of, stopping, judge)
+    trained = [p for p in session.network.parameters() if p.requires_grad]
+    stage = Stage(
+        number=1,
+        epochs=options.epochs,
+        extra_epochs=options.extend_epochs,
+        optimizer=_adam(session.fabric, trained, options.lr, beta1=0.91),
+        schedule=CosinePlateau(options.lr, options.epochs),
+        stopping=EarlyStopping(options.patience, MIN_DELTA),
+        loss_of=loss_of,
+        judge=lambda row: row["val_score"],
+    )
+    _run(session, stage)
 
 
 def train_gates(session: Session) -> None:
@@ -85,25 +100,24 @@ def train_gates(session: Session) -> None:
         parameter.requires_grad_(False)
     for parameter in gates:
         parameter.requires_grad_(True)
-    optimizer = _adam(session.fabric, gates, options.stage2_lr)
 
-    def loss(output: BTINetOutput, batch: dict[str, Tensor]) -> Tensor:
+    def loss(output: BTINetOutput, batch: Batch) -> Tensor:
         task = segmentation_loss(output.seg_logits, batch["mask"], session.losses)
         task = task + classification_loss(output.cls_logits, batch["label"], session.losses)
         seg_gates, clf_gates = gate_losses(output.seg_logits, output.cls_logits, batch["mask"], output.gates)
         return task + GATE_WEIGHT * (seg_gates + clf_gates)
 
-    stopping = EarlyStopping(options.stage2_patience)
-    _run(
-        session,
-        2,
-        options.stage2_epochs,
-        optimizer,
-        lambda epoch: options.stage2_lr,
-        lambda epoch: loss,
-        stopping,
-        lambda row: -row["val_loss"],
+    stage = Stage(
+        number=2,
+        epochs=options.stage2_epochs,
+        extra_epochs=0,
+        optimizer=_adam(session.fabric, gates, options.stage2_lr),
+        schedule=ConstantRate(options.stage2_lr),
+        stopping=EarlyStopping(options.stage2_patience),
+        loss_of=lambda epoch: loss,
+        judge=lambda row: -row["val_loss"],
     )
+    _run(session, stage)
 
 
 def _adam(fabric: Fabric, parameters: list[nn.Parameter], lr: float, beta1: float = 0.9) -> torch.optim.Adam:
@@ -115,117 +129,122 @@ def _adam(fabric: Fabric, parameters: list[nn.Parameter], lr: float, beta1: floa
     return torch.optim.Adam(parameters, lr, betas=(beta1, 0.999), eps=1e-7, fused=fused)
 
 
-def _run(
-    session: Session,
-    stage: int,
-    epochs: int,
-    optimizer: torch.optim.Optimizer,
-    rate: Callable[[int], float],
-    loss_of: Callable[[int], Callable[[BTINetOutput, dict[str, Tensor]], Tensor]],
-    stopping: EarlyStopping,
-    judge: Callable[[Row], float],
-) -> None:
-    optimizer = session.fabric.setup_optimizers(optimizer)  # type: ignore[assignment]
-    best: dict[str, Tensor] | None = None
-    for epoch in range(epochs):
-        started = time.perf_counter()
+def _run(session: Session, stage: Stage) -> None:
+    """Train what is left of a stage; leaves its best weights in the network."""
+    run = _StageRun(session, stage)
+    if session.resumed is not None and session.resumed.stage == stage.number:
+        run.restore(session.resumed)
+    module = engine.wrap(session.fabric, session.network, session.options.compile)
+    optimizer = session.fabric.setup_optimizers(stage.optimizer)
+    while not run.is_over():
+        run.next_epoch(module, optimizer)  # type: ignore[arg-type]
+    if run.best is not None:
+        session.network.load_state_dict(run.best)
+
+
+class _StageRun:
+    """A stage, and how far it has come."""
+
+    def __init__(self, session: Session, stage: Stage) -> None:
+        self.session, self.stage = session, stage
+        self.epoch = 0  # how many are done
+        self.ended: int | None = None  # the epochs after which it ended by its length or by early stopping
+        self.best: dict[str, Tensor] | None = None
+        decay = session.options.ema
+        self.average = None if decay is None else WeightAverage(session.network, decay)
+
+    def is_over(self) -> bool:
+        return self.ended is not None and self.epoch >= self.ended + self.stage.extra_epochs
+
+    def next_epoch(self, module: _FabricModule, optimizer: torch.optim.Optimizer) -> None:
+        session, stage = self.session, self.stage
+        started, rate, loss = time.perf_counter(), stage.schedule.rate(self.epoch), stage.loss_of(self.epoch)
+        epochs = stage.epochs if self.ended is None else self.ended + stage.extra_epochs
+        title = f"stage {stage.number} epoch {self.epoch + 1:>2}/{epochs}"
         for group in optimizer.param_groups:
-            group["lr"] = rate(epoch)
-        loss = loss_of(epoch)
-        train_loss = _train_epoch(session, optimizer, loss, f"stage {stage} epoch {epoch + 1}/{epochs}")
-        measured = _validate(session, loss)
-        row = {"stage": stage, "epoch": epoch + 1, "train_loss": train_loss, **measured}
-        row |= {"learning_rate": rate(epoch), "seconds": round(time.perf_counter() - started, 2)}
-        better = stopping.observe(judge(row))
-        if better:
-            best = {name: tensor.detach().clone() for name, tensor in session.network.state_dict().items()}
-            session.save()
-        session.record(row)
+            group["lr"] = rate
+        train_loss = self._train(module, optimizer, loss, title)
+        self.epoch += 1
+        with nullcontext() if self.average is None else self.average.applied():
+            measured = validate(session.fabric, module, session.loaders, loss, session.recipe)
+            row = {"stage": stage.number, "epoch": self.epoch, "train_loss": train_loss, **measured}
+            row |= {"learning_rate": rate, "seconds": round(time.perf_counter() - started, 2)}
+            stage.schedule.observe(row["val_score"])
+            better = stage.stopping.observe(stage.judge(row))
+            if better:
+                self.best = {name: tensor.detach().clone() for name, tensor in session.network.state_dict().items()}
+        session.rows.append(row)
+        if self.ended is None and (self.epoch >= stage.epochs or stage.stopping.exhausted):
+            self.ended = self.epoch
+        session.writer.epoch(self._state(), better, last=self.is_over())
         session.console.print(
-            f"stage {stage} epoch {epoch + 1:>2}/{epochs}  loss {train_loss:.4f}  val loss {row['val_loss']:.4f}  "
-            f"IoU {row['val_iou']:.4f}  accuracy {row['val_accuracy']:.4f}  {row['seconds']:.0f} s"
-            + ("  [bold]best[/bold]" if better else "")
+            f"{title}  loss {train_loss:.4f}  val loss {row['val_loss']:.4f}  IoU {row['val_iou']:.4f}  "
+            f"accuracy {row['val_accuracy']:.4f}  {row['seconds']:.0f} s" + ("  [bold]best[/bold]" if better else "")
         )
-        if stopping.exhausted:
+        if self.ended == self.epoch < stage.epochs:
             session.console.print(
-                f"stage {stage} stops: {stopping.patience} epochs without improvement.", highlight=False
+                f"stage {stage.number} stops: {stage.stopping.patience} epochs without improvement.", highlight=False
             )
-            break
-    if best is not None:
-        session.network.load_state_dict(best)
 
+    def _train(self, module: _FabricModule, optimizer: torch.optim.Optimizer, loss: Loss, title: str) -> float:
+        session = self.session
+        batches = session.loaders.train_batches
+        batches.set_epoch(session.epochs_seen)
+        with progress(session.console, title, len(batches)) as advance:
+            train_loss = train_epoch(
+                session.fabric,
+                module,
+                optimizer,
+                session.loaders,
+                loss,
+                accumulate=session.options.accumulate,
+                average=self.average,
+                advance=advance,
+            )
+        average_statistics(session.fabric, session.network, self.average)
+        session.epochs_seen += 1
+        return train_loss
 
-def _train_epoch(
-    session: Session,
-    optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[BTINetOutput, dict[str, Tensor]], Tensor],
-    title: str,
-) -> float:
-    session.module.train()
-    session.train_batches.set_epoch(session.epochs_seen)
-    total = count = 0.0
-    with _progress(session.console, title, len(session.train_batches)) as advance:
-        for batch in session.train_loader:
-            output = session.module(_image(batch))
-            loss = loss_of(BTINetOutput(*output), batch)
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"training diverged ({title}: the loss is {loss.item()}); lower --lr or use --precision 32-true."
-                )
-            optimizer.zero_grad(set_to_none=True)
-            session.fabric.backward(loss)
-            session.fabric.clip_gradients(session.module, optimizer, max_norm=CLIP_NORM, error_if_nonfinite=False)
-            optimizer.step()
-            total += loss.item() * len(batch["label"])
-            count += len(batch["label"])
-            advance()
-    session.epochs_seen += 1
-    return total / count
+    def _state(self) -> RunState:
+        session, stage = self.session, self.stage
+        return RunState(
+            processes=session.fabric.world_size,
+            stage=stage.number,
+            epoch=self.epoch,
+            ended=self.ended,
+            epochs_seen=session.epochs_seen,
+            rows=session.rows,
+            network=session.network.state_dict(),
+            best=self.best,
+            average=None if self.average is None else self.average.state_dict(),
+            optimizer=stage.optimizer.state_dict(),
+            scaler=session.fabric.strategy.precision.state_dict(),
+            schedule=stage.schedule.state_dict(),
+            stopping=stage.stopping.state_dict(),
+            random=random_states(session.fabric),
+        )
 
-
-@torch.inference_mode()
-def _validate(session: Session, loss_of: Callable[[BTINetOutput, dict[str, Tensor]], Tensor]) -> Row:
-    session.module.eval()
-    ious: list[float] = []
-    hits = labelled = total = count = 0.0
-    overlap = np.zeros((2, 2))  # Keras's MeanIoU: rows background, foreground; columns intersection, union
-    for batch in session.val_loader:
-        output = BTINetOutput(*session.module(_image(batch)))
-        size = len(batch["label"])
-        total += loss_of(output, batch).item() * size
-        count += size
-        mask = batch["mask"] > 0.5
-        ious += _foreground_ious(output.seg_logits > 0, mask)
-        known = batch["label"] >= 0
-        hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
-        labelled += known.sum().item()
-        overlap += _keras_overlap(torch.sigmoid(output.seg_logits.float()), mask)
-    iou = float(np.mean(ious))
-    truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
-    monitored = truncated if session.recipe.monitor == "keras_truncated" else iou
-    accuracy = hits / labelled if labelled else 0.0
-    return {
-        "val_loss": total / count,
-        "val_iou": iou,
-        "val_accuracy": accuracy,
-        "val_score": IOU_SHARE * monitored + (1 - IOU_SHARE) * accuracy,
-    }
-
-
-def _foreground_ious(predicted: Tensor, mask: Tensor) -> list[float]:
-    """IoU of each image that has a lesion."""
-    predicted, mask = predicted.flatten(1), mask.flatten(1)
-    both, either = (predicted & mask).sum(1), (predicted | mask).sum(1)
-    return [i / u for i, u, lesion in zip(both.tolist(), either.tolist(), mask.any(1).tolist(), strict=True) if lesion]
-
-
-def _keras_overlap(probability: Tensor, mask: Tensor) -> np.ndarray:
-    """Intersections and unions of background and foreground when the probability is truncated to an integer."""
-    predicted = probability.int().bool()
-    rows = []
-    for ours, theirs in ((~predicted, ~mask), (predicted, mask)):
-        rows.append([(ours & theirs).sum().item(), (ours | theirs).sum().item()])
-    return np.array(rows)
+    def restore(self, state: RunState) -> None:
+        session, stage = self.session, self.stage
+        self.epoch, self.ended, session.epochs_seen = state.epoch, state.ended, state.epochs_seen
+        session.rows[:] = state.rows
+        try:
+            session.network.load_state_dict(state.network)
+            stage.optimizer.load_state_dict(state.optimizer)
+            if self.average is not None and state.average is not None:
+                self.average.load_state_dict(state.average)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{session.options.out}: its state belongs to another network than its config.yaml describes "
+                f"({str(error).splitlines()[0]})."
+            ) from error
+        device = session.fabric.device
+        self.best = None if state.best is None else {name: tensor.to(device) for name, tensor in state.best.items()}
+        session.fabric.strategy.precision.load_state_dict(state.scaler)
+        stage.schedule.load_state_dict(state.schedule)
+        stage.stopping.load_state_dict(state.stopping)
+        restore_random_states(state.random, session.fabric)
+        session.writer.repeat(state)
 
 
 def _weights(recipe: Recipe, epoch: int) -> tuple[float, float]:
@@ -233,15 +252,3 @@ def _weights(recipe: Recipe, epoch: int) -> tuple[float, float]:
         return recipe.seg_weight, recipe.clf_weight
     moved = RAMP_STEP * (epoch + 1)
     return min(RAMP_SEG_END, recipe.seg_weight + moved), max(RAMP_CLF_END, recipe.clf_weight - moved)
-
-
-def _image(batch: dict[str, Tensor]) -> Tensor:
-    return batch["image"].contiguous(memory_format=torch.channels_last)
-
-
-@contextmanager
-def _progress(console: Console, title: str, steps: int) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=steps)
-        yield lambda: bar.advance(task)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.fabric import Fabric, seed_everything
+from lightning.fabric import seed_everything
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -17,86 +17,141 @@ from btinet.data import (
     SPLITS,
     Augmentation,
     Collection,
+    DataSource,
     EpochBatches,
     Sample,
     SegmentationDataset,
+    check_files,
     check_trainable,
     default_preprocessing,
     near_duplicate_groups,
-    read_collection,
     read_groups,
     read_split,
     split_collection,
+    straddling_groups,
+    without_prescribed,
     write_groups,
     write_split,
 )
 from btinet.errors import UserError
 from btinet.models import BTINet, create_model, save_checkpoint
-from btinet.training import run_folder
+from btinet.models.encoder import number_of_stages
+from btinet.training import engine, run_folder
+from btinet.training.epochs import Loaders
 from btinet.training.losses import LossOptions
 from btinet.training.options import Recipe, TrainOptions, recipe_of
-from btinet.training.stages import Row, Session, train_gates, train_network
-
-SECONDS_BETWEEN_DRAWINGS = 30.0  # of the curves: a drawing takes as long as an epoch of a small set
-
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+from btinet.training.records import RunWriter, require_tensorboard
+from btinet.training.resume import STATE_NAMES, RunState, only_process, read_state
+from btinet.training.stages import Session, train_gates, train_network
 
 
 def train(options: TrainOptions, console: Console | None = None) -> Path:
     """Train a network in two stages and return the folder of the run.
 
     Everything that can be wrong with the input is checked before the first step; see docs/run_folder.md for what the
-    folder holds.
+    folder holds. Under torchrun every process calls this with the same options.
 
     Raises:
         UserError: unusable options, data or weights, a diverging loss, or a folder that cannot be written.
     """
-    console = console or Console(highlight=False, soft_wrap=True)
     _check(options)
+    run_folder.claim(Path(options.out))
+    return _run(options, _console(console))
+
+
+def resume(folder: Path, extend_epochs: int = 0, console: Console | None = None) -> Path:
+    """Continue a run from its last whole state, with the options of its config.yaml, and return its folder.
+
+    Args:
+        folder: of a run that was interrupted, or of a finished one to extend.
+        extend_epochs: so many epochs of stage 1 follow its end, in addition to those that config.yaml asks for; a stage
+            2 that has begun is trained anew after them.
+
+    Raises:
+        UserError: not such a folder, a state that cannot be read or belongs to another number of processes, and
+            whatever ``train`` raises.
+    """
+    options = run_folder.read_options(folder)
+    if extend_epochs < 0:
+        raise UserError(f"--extend-epochs {extend_epochs}: must be at least 0.")
+    options = replace(options, extend_epochs=options.extend_epochs + extend_epochs)
+    _check(options)
+    state = read_state(folder, extending=extend_epochs > 0)
+    console = _console(console)
+    if state is not None and _is_finished(folder, state, options):
+        console.print(f"nothing to do: the run in {folder} is finished; --extend-epochs N trains it longer.")
+        return folder
+    return _run(options, console, resuming=True, state=state)
+
+
+def _run(options: TrainOptions, console: Console, resuming: bool = False, state: RunState | None = None) -> Path:
+    """A run that is resumed without a state had not finished an epoch."""
     recipe = _recipe(options)
     folder = Path(options.out)
-    run_folder.claim(folder)
+    fabric = engine.launch(options)
+    if state is not None and state.processes != fabric.world_size:
+        raise UserError(
+            f"--resume {folder}: was trained by {state.processes} process(es), which is not the {fabric.world_size} of "
+            "now; start as many."
+        )
 
-    collection = read_collection(Path(options.data), options.dataset)
+    collection = DataSource.from_options(asdict(options)).read()
     check_trainable(collection)
-    split, groups, found_groups = _split(options, collection)
+    of_run = replace(options, split=str(folder / run_folder.SPLIT_NAME), groups=None, fold=None)
+    split, groups, found_groups = _split(of_run if resuming else options, collection)
     parts = {part: [s for s in collection.samples if split[s.id] == part] for part in SPLITS}
     _announce(console, collection, parts, groups)
-    if len(parts["train"]) < 2 or not parts["val"]:
+    leaks = straddling_groups(split, found_groups)
+    if leaks:
+        console.print(
+            f"  [bold]{len(leaks)} group(s) of near-duplicates lie on both sides of the prescribed split[/bold], "
+            f"such as {' and '.join(next(iter(leaks.values()))[:2])}; btinet data check lists them, "
+            "--drop-train-duplicates-of-test leaves out those of test"
+        )
+    least = 2 * fabric.world_size
+    if len(parts["train"]) < least or not parts["val"]:
         raise UserError(
             f"{options.data}: the split leaves {len(parts['train'])} images for training and {len(parts['val'])} for "
-            "validation; at least 2 and 1 are needed."
+            f"validation; at least {least} and 1 are needed."
         )
 
     seed_everything(options.seed, verbose=False)
     size = (options.image_size, options.image_size)
     preprocessing = default_preprocessing(size, options.channels, recipe.double_scaling)
     augmentation = Augmentation(copies=recipe.offline_copies, elastic=recipe.elastic)
+    memory_share = 0.5 / fabric.world_size
     train_set = SegmentationDataset(
         parts["train"],
         preprocessing,
         augmentation=augmentation,
         seed=options.seed,
         mask_threshold=options.mask_threshold,
+        memory_share=memory_share,
     )
-    val_set = SegmentationDataset(parts["val"], preprocessing, mask_threshold=options.mask_threshold)
+    check_files(parts["test"], options.channels, options.mask_threshold)  # what would spoil the evaluation shows now
+    val_set = SegmentationDataset(
+        parts["val"], preprocessing, mask_threshold=options.mask_threshold, memory_share=memory_share
+    )
     if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
         raise UserError(
             f"{options.data}: no validation image shows a lesion at {size[0]}×{size[1]}, so no model can be selected "
             "by IoU; use another --seed or --split."
         )
-    network = _network(options, recipe, len(collection.classes))
+    network = _network(options, recipe, len(collection.classes), load_weights=state is None)
+    network.to(memory_format=engine.memory_format_of(options)).to(fabric.device)
+    if fabric.global_rank:
+        torch.manual_seed(options.seed + fabric.global_rank)  # dropout of its own, from equal weights
 
-    precision = _precision(options)
-    fabric = Fabric(accelerator=_device(options), devices=1, precision=precision)
-    fabric.launch()
     device = fabric.device.type
-    console.print(f"{options.model}, {_millions(network)} M parameters, on {device} in {precision}")
+    processes = f", {fabric.world_size} processes" if fabric.world_size > 1 else ""
+    console.print(
+        f"{options.model}, {_millions(network)} M parameters, on {device} in {engine.precision_of(options)}{processes}"
+    )
     if options.weights == "none":
         console.print("  the encoder starts from random weights; --weights imagenet or FILE usually does much better")
-    module = fabric.setup_module(network.to(memory_format=torch.channels_last))
-    train_batches = EpochBatches(len(train_set), options.batch_size, shuffle=True, seed=options.seed)
-    val_batches = EpochBatches(len(val_set), options.batch_size, shuffle=False)
+    share = {"rank": fabric.global_rank, "processes": fabric.world_size}
+    train_batches = EpochBatches(len(train_set), options.batch_size, shuffle=True, seed=options.seed, **share)
+    val_batches = EpochBatches(len(val_set), options.batch_size, shuffle=False, **share)
 
     def loader(data: SegmentationDataset, batches: EpochBatches) -> Any:
         plain: DataLoader[Any] = DataLoader(
@@ -104,49 +159,67 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
         )
         return fabric.setup_dataloaders(plain, use_distributed_sampler=False)
 
-    rows: list[Row] = []
-    drawn = -math.inf
-
-    def record(row: Row) -> None:
-        nonlocal drawn
-        rows.append(row)
-        run_folder.write_metrics(folder, rows)
-        if time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS:
-            run_folder.draw_curves(folder, rows)
-            drawn = time.monotonic()
-
-    run_folder.write_config(folder, options, recipe)
-    run_folder.write_environment(folder, device, precision)
-    write_split(folder / run_folder.SPLIT_NAME, collection, split, groups)
-    if found_groups:
-        write_groups(folder / run_folder.GROUPS_NAME, found_groups)
-
-    session = Session(
-        options=options,
-        recipe=recipe,
-        losses=_losses(recipe),
-        fabric=fabric,
-        network=network,
-        module=module,
-        train_loader=loader(train_set, train_batches),
-        train_batches=train_batches,
-        val_loader=loader(val_set, val_batches),
-        console=console,
-        record=record,
-        save=lambda: save_checkpoint(folder, network, collection.classes, preprocessing),
-    )
-    try:
-        train_network(session)
-        if options.stage2_epochs and not network.gate_parameters():
-            console.print("stage 2 is skipped: this interaction has no gates to train.")
-        elif options.stage2_epochs:
-            train_gates(session)
-    finally:  # also of a run that was interrupted or diverged
-        if rows:
-            run_folder.draw_curves(folder, rows)
-    session.save()
+    with only_process(folder) if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            run_folder.remove_temporaries(folder)
+            if not resuming:
+                write_split(folder / run_folder.SPLIT_NAME, collection, split, groups)
+                if found_groups:
+                    write_groups(folder / run_folder.GROUPS_NAME, groups)
+            elif state is None or state.stage == 1:
+                (folder / STATE_NAMES[2]).unlink(missing_ok=True)
+            run_folder.write_environment(folder, device, engine.precision_of(options), fabric.world_size)
+            run_folder.write_config(folder, options, recipe)  # last: where it is, the run can be resumed
+        writer = RunWriter(
+            folder,
+            lambda weights: save_checkpoint(folder, network, collection.classes, preprocessing, weights),
+            active=fabric.is_global_zero,
+            tensorboard=options.tensorboard,
+            epochs_done=0 if state is None else len(state.rows),
+        )
+        session = Session(
+            options=options,
+            recipe=recipe,
+            losses=_losses(recipe),
+            fabric=fabric,
+            network=network,
+            loaders=Loaders(
+                loader(train_set, train_batches),
+                train_batches,
+                loader(val_set, val_batches),
+                engine.memory_format_of(options),
+            ),
+            console=console,
+            writer=writer,
+            rows=[],
+            resumed=state,
+        )
+        try:
+            with engine.determinism(options.deterministic):
+                if state is None or state.stage == 1:
+                    train_network(session)
+                if options.stage2_epochs and not network.gate_parameters():
+                    console.print("stage 2 is skipped: this interaction has no gates to train.")
+                elif options.stage2_epochs:
+                    train_gates(session)
+        finally:  # also of a run that was interrupted or diverged
+            writer.close(session.rows)
+        writer.model(network.state_dict())
     console.print(f"run saved in {folder}")
     return folder
+
+
+def _console(console: Console | None) -> Console:
+    if not engine.is_first_process():
+        return Console(quiet=True)
+    return console or Console(highlight=False, soft_wrap=True)
+
+
+def _is_finished(folder: Path, state: RunState, options: TrainOptions) -> bool:
+    last_stage = 2 if options.stage2_epochs and "gated" in options.interaction else 1
+    over = state.is_over(options.extend_epochs if state.stage == 1 else 0)
+    # The metrics of an epoch are written after its state and its model.
+    return state.stage == last_stage and over and run_folder.count_metrics(folder) == len(state.rows)
 
 
 def _check(options: TrainOptions) -> None:
@@ -158,6 +231,8 @@ def _check(options: TrainOptions) -> None:
         "workers": 0,
         "patience": 1,
         "stage2_patience": 1,
+        "accumulate": 1,
+        "extend_epochs": 0,
     }
     for name, least in smallest.items():
         if getattr(options, name) < least:
@@ -165,6 +240,13 @@ def _check(options: TrainOptions) -> None:
     for name in ("lr", "stage2_lr"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be positive.")
+    if options.fold is not None and options.split is None:
+        raise UserError(f"--fold {options.fold}: needs the folds to choose from; give them with --split FILE.")
+    if options.ema is not None and not 0 < options.ema < 1:
+        raise UserError(f"--ema {options.ema}: must lie between 0 and 1, e.g. 0.999.")
+    if options.tensorboard:
+        require_tensorboard()
+    engine.precision_of(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
 
@@ -187,24 +269,25 @@ def _losses(recipe: Recipe) -> LossOptions:
 
 
 def _split(options: TrainOptions, collection: Collection) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """The split, the groups it respects, and those of them that were searched for."""
+    """The split, the groups it respects, and the near-duplicates where they were searched for."""
     groups: dict[str, str] = {}
     found: dict[str, str] = {}
     if options.groups is not None:
         groups = read_groups(Path(options.groups))
-    elif options.split is None:
-        groups = found = near_duplicate_groups(collection.samples)
+    elif options.split is None and options.manifest is None:  # both say which images belong together
+        found = near_duplicate_groups(collection.samples)
+        groups = without_prescribed(collection.samples, found)
     if options.split is not None:
-        return read_split(Path(options.split), collection), groups, found
+        return read_split(Path(options.split), collection, options.fold), groups, found
     return split_collection(collection, groups, seed=options.seed), groups, found
 
 
-def _network(options: TrainOptions, recipe: Recipe, num_classes: int) -> BTINet:
+def _network(options: TrainOptions, recipe: Recipe, num_classes: int, load_weights: bool) -> BTINet:
     choices = options.interaction.split(",")
     network = create_model(
         options.model,
         num_classes,
-        weights=None if options.weights == "none" else options.weights,
+        weights=options.weights if load_weights and options.weights != "none" else None,
         in_chans=options.channels,
         decoder_channels=options.decoder_channels,
         interaction=choices[0] if len(choices) == 1 else choices,
@@ -214,24 +297,24 @@ def _network(options: TrainOptions, recipe: Recipe, num_classes: int) -> BTINet:
     for layer in network.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
             layer.momentum = recipe.norm_momentum
-    freeze = options.weights != "none" if options.freeze_early is None else options.freeze_early
-    if freeze:
-        for parameter in network.encoder.early_parameters():
-            parameter.requires_grad_(False)
+    _freeze(network, options)
     return network
 
 
-def _device(options: TrainOptions) -> Literal["cuda", "cpu"]:
-    return "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _precision(options: TrainOptions) -> Precision:
-    cuda = _device(options) == "cuda"
-    if options.precision == "16-mixed" and not cuda:
-        raise UserError("--precision 16-mixed: needs a GPU; use bf16-mixed or 32-true on the CPU.")
-    if options.precision == "auto":
-        return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"
-    return options.precision
+def _freeze(network: BTINet, options: TrainOptions) -> None:
+    stages, most = options.freeze_stages, number_of_stages(network.encoder)
+    if stages is None:
+        stages = 0 if options.weights == "none" else 1
+    if not 0 <= stages <= most:
+        raise UserError(f"--freeze-stages {stages}: {options.model} has {most} stages; give 0 to {most}.")
+    frozen = network.encoder.early_parameters(stages) if stages else []
+    if stages and not frozen:
+        raise UserError(
+            f"--freeze-stages {stages}: which parameters of {options.model} these are is not known; give 0 or more "
+            "stages."
+        )
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 def _millions(network: BTINet) -> str:

@@ -166,7 +166,7 @@ def channel_dot(grad: Tensor, seg: Tensor) -> Tensor:
         num_warps=4,
     )
     if parts > 1:
-        _combine(partial, out, out, batch, parts)
+        combine_parts(partial, out, out, batch, parts)
     return out
 
 
@@ -259,7 +259,7 @@ def _softmax_gradient(seg: Tensor, context: Context, saved: Statistics, gradient
         num_warps=8 if block_n * block_h >= 4096 else 4,
         maxnreg=MOST_REGISTERS,
     )
-    _combine(partial, d_pool_weight, d_pool_weight, 1, batch * tiles)
+    combine_parts(partial, d_pool_weight, d_pool_weight, 1, batch * tiles)
     return d_context, d_pool_weight
 
 
@@ -345,7 +345,7 @@ def _gradient_of_tiles(
             maxnreg=None if dense and hidden <= 192 else MOST_REGISTERS,
         )
         if weights:
-            _combine(partial, d_weight, d_bias, 1, parts)
+            combine_parts(partial, d_weight, d_bias, 1, parts)
 
     if fused:
         run(dense=True, weights=context is not None, groups=1)
@@ -364,7 +364,7 @@ def _wide_softmax_backward(
     return out.to(seg.dtype), weights
 
 
-def _combine(partial: Tensor, out: Tensor, tail: Tensor, rows: int, parts: int) -> None:
+def combine_parts(partial: Tensor, out: Tensor, tail: Tensor, rows: int, parts: int) -> None:
     """``[rows, parts, columns]`` summed over the parts into ``out`` and, where that is full, ``tail``."""
     columns = partial.numel() // (rows * parts)
     launch(

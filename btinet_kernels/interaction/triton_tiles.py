@@ -72,6 +72,15 @@ def add_exact_product(exact, value, total, TERMS: tl.constexpr):  # type: ignore
 
 
 @triton.jit
+def add_product(left, right, total, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``total + left @ right`` of two tiles of one dtype."""
+    if _INTERPRETED:
+        return total + tl.dot(left.to(tl.float32), right.to(tl.float32))
+    else:
+        return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
 def add_context(total, seg, weight, here, c, h, inside, channels, hidden, stride, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The tile ``[n, c]`` of seg, and ``total + seg @ weight[h, c]ᵀ``."""
     in_c = c < channels

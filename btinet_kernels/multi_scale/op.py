@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from btinet_kernels.backends import choose, serving
+from btinet_kernels.backends import choose, kernels_for
 from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, no_double_backward, schema_of
 from btinet_kernels.interaction.reference import over_space
 from btinet_kernels.multi_scale import reference
@@ -35,7 +35,8 @@ _CALLS_TO_AMORTISE = 16
 class MergeCache:
     """Keeps the product of a fusion's 1×1 convolutions from one inference to the next, until a weight changes.
 
-    Changes are seen as autograd sees them, by identity and version; a write through ``.data`` is invisible to both.
+    Changes are seen as autograd sees them, by identity and version, and every call that may lead to a step of an
+    optimizer forgets the product: fused optimizers leave the version as it is. A write through ``.data`` is invisible.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,10 @@ class MergeCache:
                 self._merged = _merge(_weights_of(x, weights))
             self._versions = [(weakref.ref(f), f.data_ptr(), f._version) for f in factors]
         return self._merged
+
+    def forget(self) -> None:
+        """Merge anew in the next inference."""
+        self._versions = []
 
     def __deepcopy__(self, memo: Any) -> MergeCache:
         return MergeCache()
@@ -84,9 +89,10 @@ def fused_multi_scale(x: Tensor, weights: ScaleWeights, cache: MergeCache | None
         return reference.multi_scale(x, weights)
     if torch.compiler.is_compiling():
         return multi_scale(x, *weights)[0]
-    if cache is not None and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))):
-        merged = cache.merged(x, weights)
-        if merged is not None:
+    if cache is not None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+            cache.forget()
+        elif (merged := cache.merged(x, weights)) is not None:
             return multi_scale_merged(x, merged, *weights)
     return _MultiScale.apply(x, *weights)[0]
 
@@ -248,22 +254,14 @@ class _MultiScale(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def _backend_of(x: Tensor) -> str:
-    """``native`` or ``triton``; also in the backward of what kernels served before the reference was asked for."""
-    backend = serving(x, operator=OPERATOR)[0]
-    if backend == "reference":
-        return "native" if x.device.type == "cpu" else "triton"
-    return backend
-
-
 def _passes_for(x: Tensor) -> Any:
     """The module whose kernels take x."""
-    return import_module(f"btinet_kernels.multi_scale.{_backend_of(x)}")
+    return import_module(f"btinet_kernels.multi_scale.{kernels_for(x, OPERATOR)}")
 
 
 def _mean(x: Tensor) -> Tensor:
     """``[B, C]``, over the positions, by the interaction's pass."""
-    passes = import_module(f"btinet_kernels.interaction.{_backend_of(x)}")
+    passes = import_module(f"btinet_kernels.interaction.{kernels_for(x, OPERATOR)}")
     return passes.statistics(x, None, variance=False, edges=False).mean
 
 

@@ -7,27 +7,18 @@ multiply them. Results are written as rows of channels or as planes, as x lies; 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
 from torch import Tensor
 
 from btinet_kernels.interaction.passes_op import in_format_of
-from btinet_kernels.interaction.triton_tiles import MOST_REGISTERS, channel_block, launch
 from btinet_kernels.multi_scale.native import Kernels
-from btinet_kernels.multi_scale.triton_depthwise import input_gradient, maps_of_scale
-
-# Elements of a tile: eight for each thread of four warps, or four where each has sums of nine taps in registers.
-TILE, TILE_WITH_SUMS = 1024, 512
-# Eight for each multiprocessor of an H200. Beyond that, longer walks read fewer rows twice.
-ENOUGH_PROGRAMS = 1056
+from btinet_kernels.multi_scale.triton_depthwise import depthwise_input_gradient, depthwise_maps
 
 
 def multi_scale(x: Tensor, kernels: Kernels, *, keep_between: bool = False) -> tuple[Tensor, Tensor]:
     """y, and t where it is to be kept and is not y."""
-    maps, _ = _maps(x, kernels, None)
-    out = _product(_pointwise(x, kernels), kernels.bias, maps, x)
+    maps, _ = depthwise_maps(x, _taps(kernels), kernels.share, 1)
+    out = _product(_pointwise(x, kernels), kernels.bias, maps.flatten(2), x)
     if kernels.fusion is None or kernels.fusion_bias is None:
         return out, x.new_empty(0)
     between, bias = out, kernels.fusion_bias.expand(len(x), -1)
@@ -43,12 +34,10 @@ def multi_scale_backward(x: Tensor, grad: Tensor, between: Tensor, kernels: Kern
         d_t = d_t @ kernels.fusion.to(x.dtype)
     d_bias = d_t.unflatten(0, (len(x), x.shape[2:].numel())).sum(1, dtype=torch.float32)
     d_maps = d_t @ _pointwise(x, kernels)
-    maps, d_taps = _maps(x, kernels, d_maps)
-    d_pointwise = (d_t.t() @ maps.flatten(0, 1)).unflatten(1, (3, -1))
-    d_x, taps = torch.empty_like(x), _taps(kernels)
-    if x.numel():
-        programs, walk = _walk(x, TILE, scales=1)
-        launch(input_gradient, programs, d_maps, taps, kernels.share, d_x, *_sizes(d_x), **walk)
+    taps = _taps(kernels)
+    maps, d_taps = depthwise_maps(x, taps, kernels.share, 1, d_maps)
+    d_pointwise = (d_t.t() @ maps.flatten(0, 1).flatten(1)).unflatten(1, (3, -1))
+    d_x = depthwise_input_gradient(x, d_maps, taps, kernels.share, 1)
     of_taps = torch.einsum("bs,bskc->skc", kernels.share, d_taps)
     # Copies: outputs of an operator share no memory.
     gradient = Kernels(
@@ -63,54 +52,6 @@ def multi_scale_backward(x: Tensor, grad: Tensor, between: Tensor, kernels: Kern
         d_fusion_bias,
     )
     return d_x, gradient
-
-
-def _maps(x: Tensor, kernels: Kernels, d_maps: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weighted maps ``[B, N, 3 C]``; with their gradient, that of the taps over the share, ``[B, 3, 9, C]``."""
-    batch, channels = x.shape[:2]
-    maps = x.new_empty(batch, x.shape[2:].numel(), 3 * channels)
-    if not x.numel():
-        return maps, kernels.share.new_zeros(batch, 3, 9, channels)
-    programs, walk = _walk(x, TILE if d_maps is None else TILE_WITH_SUMS, scales=3)
-    parts = 0 if d_maps is None else walk["parts"]
-    gathered = kernels.share.new_empty(batch, parts, 3, 9, channels)
-    launch(
-        maps_of_scale,
-        programs,
-        x,
-        _taps(kernels),
-        kernels.share,
-        maps,
-        maps if d_maps is None else d_maps,
-        gathered,
-        *_sizes(x),
-        GRADIENT=d_maps is not None,
-        **walk,
-    )
-    return maps, gathered if d_maps is None else gathered.sum(1)
-
-
-def _walk(x: Tensor, tile: int, scales: int) -> tuple[int, dict[str, Any]]:
-    """How many programs there are, and how each walks."""
-    batch, channels = x.shape[:2]
-    block_c = channel_block(channels) if x.stride(1) == 1 else 16  # planes are read in long runs of positions
-    block_n = tile // block_c
-    tiles, lanes = triton.cdiv(x.shape[2:].numel(), block_n), batch * scales * triton.cdiv(channels, block_c)
-    tiles_per_part = min(tiles, max(1, lanes * tiles // ENOUGH_PROGRAMS))
-    parts = triton.cdiv(tiles, tiles_per_part)
-    return lanes * parts, {
-        "parts": parts,
-        "tiles_per_part": tiles_per_part,
-        "BLOCK_N": block_n,
-        "BLOCK_C": block_c,
-        "num_warps": 4,
-        "maxnreg": MOST_REGISTERS,
-    }
-
-
-def _sizes(dense: Tensor) -> tuple[int, int, tuple[int, ...], int]:
-    """Height, width, strides and channels."""
-    return *dense.shape[2:], dense.stride(), dense.shape[1]
 
 
 def _taps(kernels: Kernels) -> Tensor:

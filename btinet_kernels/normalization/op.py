@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from btinet_kernels.backends import choose, requested_backend
+from btinet_kernels.backends import choose, kernels_for, requested_backend
 from btinet_kernels.interaction.passes_op import accumulation_dtype, converted, no_double_backward, unwatched
-from btinet_kernels.normalization import native, reference
+from btinet_kernels.normalization import reference
 from btinet_kernels.normalization.reference import ACTIVATIONS, Act
 
+OPERATOR = "fused_batch_norm_act"
 SMALLEST = 1 << 17  # elements; below, `auto` leaves it to ATen, whose calls cost less
 
 
@@ -70,12 +72,12 @@ def fused_batch_norm_act(
 
 def batch_norm_is_served(x: Tensor, act: str) -> bool:
     """Whether kernels take this call."""
-    if choose("fused_batch_norm_act", x) == "reference" or x.numel() == 0:
+    if choose(OPERATOR, x) == "reference" or x.numel() == 0:
         return False
     if requested_backend() != "auto":
         return True
-    # A compiler fuses plain operations with their neighbours; ATen is as fast as memory on rows of channels alone.
-    by_aten = torch.compiler.is_compiling() or (act == "identity" and x.stride(1) == 1)
+    # A compiler fuses plain operations with their neighbours; on rows of channels alone ATen is as fast as memory.
+    by_aten = torch.compiler.is_compiling() or (act == "identity" and x.stride(1) == 1 and x.is_cpu)
     return not by_aten and x.numel() >= SMALLEST
 
 
@@ -89,10 +91,10 @@ def _forward(
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result; mean and variance ``[C]`` of x where they are not given, else empty tensors."""
-    vectors = _vectors_of(x, weight, bias, mean, variance)
+    vectors, passes = _vectors_of(x, weight, bias, mean, variance), _passes_for(x)
     if mean is not None:
-        return native.batch_norm(x, vectors[:2], vectors[2:], eps, act)[0], *_no_moments(x)
-    out, mean, variance = native.batch_norm(x, vectors[:2], None, eps, act)
+        return passes.batch_norm(x, vectors[:2], vectors[2:], eps, act)[0], *_no_moments(x)
+    out, mean, variance = passes.batch_norm(x, vectors[:2], None, eps, act)
     return out, mean, variance
 
 
@@ -130,7 +132,8 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the weight and of the bias, the last two in the dtype that is computed in."""
     vectors = _vectors_of(x, weight, bias, mean, variance)
-    return native.batch_norm_backward(x, d_out, vectors[:2], vectors[2:], training=training, eps=eps, act=act)
+    passes = _passes_for(x)
+    return passes.batch_norm_backward(x, d_out, vectors[:2], vectors[2:], training=training, eps=eps, act=act)
 
 
 batch_norm_gradient = custom_op(
@@ -186,6 +189,11 @@ class _BatchNorm(torch.autograd.Function):
         return outputs
 
     backward = staticmethod(_backward)
+
+
+def _passes_for(x: Tensor) -> Any:
+    """The module whose kernels take x."""
+    return import_module(f"btinet_kernels.normalization.{kernels_for(x, OPERATOR)}")
 
 
 def _vectors_of(x: Tensor, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:

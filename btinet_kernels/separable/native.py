@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from btinet_kernels.backends import native_module
 from btinet_kernels.interaction.passes_op import new_in_format_of
@@ -71,6 +72,21 @@ def separable_backward(
         _addresses(gradient),
     )
     return out, gradient
+
+
+def normalise(value: Tensor, affine: Sequence[Tensor], moments: Sequence[Tensor], eps: float) -> Tensor:
+    """Batch normalisation by weight and bias, mean and variance, ``[O]`` each."""
+    (weight, bias), (mean, variance) = affine, moments
+    return F.batch_norm(value, mean, variance, weight, bias, eps=eps)
+
+
+def norm_gradients(grad: Tensor, value: Tensor, moments: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight and of the bias of ``normalise``, from that of its result."""
+    mean, variance = moments
+    inverse = torch.rsqrt(variance + eps)
+    backward = torch.ops.aten.native_batch_norm_backward
+    _, d_weight, d_bias = backward(grad, value, mean, None, None, mean, inverse, True, eps, [False, True, True])
+    return d_weight, d_bias
 
 
 def _sizes(x: Tensor, weights: SeparableWeights, dilation: int) -> Any:

@@ -1,21 +1,20 @@
 """How autograd sees a separable convolution with what follows it, and its public function.
 
-Convolutions, bias, ReLU and the statistics of batch normalisation are one pass forward. Backward, the gradient of the
-normalisation is formed where the convolutions read it. Applying the normalisation and summing over its gradient are
-single passes that PyTorch has.
+Convolutions, bias, ReLU and the statistics of batch normalisation come first, then the normalisation. Backward, its
+gradients are summed, and what it passes on is formed where the convolutions read it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.nn import functional as F
 
-from btinet_kernels.backends import choose, requested_backend
+from btinet_kernels.backends import choose, kernels_for, requested_backend
 from btinet_kernels.interaction.passes_op import (
     accumulation_dtype,
     converted,
@@ -23,11 +22,11 @@ from btinet_kernels.interaction.passes_op import (
     new_in_format_of,
     no_double_backward,
 )
-from btinet_kernels.separable import native, reference
+from btinet_kernels.separable import reference
 from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
 
 OPERATOR = "fused_separable_conv"
-MOST_WEIGHTS = 128  # of the 1×1 convolution for each position, where `auto` takes the kernels
+MOST_WEIGHTS = 128  # of the 1×1 convolution for each position, where `auto` takes the kernels on the CPU
 _WEIGHTS = "Tensor depthwise, Tensor pointwise, Tensor? bias"
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
 _OPTIONS = "int dilation, bool relu, float eps"
@@ -79,11 +78,11 @@ def fused_separable_conv(
 
 
 def _is_served(x: Tensor, weights: SeparableWeights) -> bool:
-    """Whether kernels take this call; `auto` leaves large products of few positions to the library, which is faster."""
+    """Whether kernels take this call; on the CPU `auto` leaves large products of few positions to the library."""
     if choose(OPERATOR, x) == "reference":
         return False
     positions = x.shape[0] * x.shape[2:].numel()
-    return requested_backend() != "auto" or weights.pointwise.numel() <= MOST_WEIGHTS * positions
+    return requested_backend() != "auto" or not x.is_cpu or weights.pointwise.numel() <= MOST_WEIGHTS * positions
 
 
 def _check(x: Tensor, weights: SeparableWeights, norm: BatchNormWeights | None, dilation: int) -> None:
@@ -117,14 +116,13 @@ def separable(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result; with a normalisation also its input, and mean and biased variance of that, ``[O]`` each."""
     weights = _weights_of(x, depthwise, pointwise, bias)
-    vector = weights.pointwise.new_empty
+    vector, passes = weights.pointwise.new_empty, _passes_for(x)
     if norm_weight is None:
-        return native.separable(x, weights, dilation, relu), x.new_empty(0), vector(0), vector(0)
-    mean, variance = vector(len(pointwise)), vector(len(pointwise))
-    value = native.separable(x, weights, dilation, relu, moments=(mean, variance))
-    weight, shift = converted((norm_weight, norm_bias), mean.dtype)
-    out = F.batch_norm(value, mean, variance, weight, shift, eps=eps)
-    return in_format_of(value, out), value, mean, variance
+        return passes.separable(x, weights, dilation, relu), x.new_empty(0), vector(0), vector(0)
+    moments = vector(len(pointwise)), vector(len(pointwise))
+    value = passes.separable(x, weights, dilation, relu, moments=moments)
+    out = passes.normalise(value, converted((norm_weight, norm_bias), weights.pointwise.dtype), moments, eps)
+    return in_format_of(value, out), value, *moments
 
 
 @separable.register_fake
@@ -163,7 +161,7 @@ def separable_inference(
         dtype = weights.pointwise.dtype
         factor = norm_weight.to(dtype) * torch.rsqrt(running_var.to(dtype) + eps)
         affine = (factor, norm_bias.to(dtype) - running_mean.to(dtype) * factor)
-    return native.separable(x, weights, dilation, relu, affine=affine)
+    return _passes_for(x).separable(x, weights, dilation, relu, affine=affine)
 
 
 @separable_inference.register_fake
@@ -195,24 +193,20 @@ def separable_gradient(
     eps: float,
 ) -> list[Tensor]:
     """Gradients of x and of every weight that is there. ``value``: what the ReLU gave, where anything needs it."""
-    weights = _weights_of(x, depthwise, pointwise, bias)
+    weights, passes = _weights_of(x, depthwise, pointwise, bias), _passes_for(x)
     arriving: Sequence[Tensor] = ()
     of_norm: list[Tensor] = []
     if norm_weight is not None:
         assert norm_bias is not None
-        inverse = torch.rsqrt(variance + eps)
-        weight = norm_weight.to(mean.dtype)
-        needed = [False, True, True]
-        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            d_out, value, weight, None, None, mean, inverse, True, eps, needed
-        )
+        d_weight, d_bias = passes.norm_gradients(d_out, value, (mean, variance), eps)
         # d_value = weight / σ · (d_out − mean(d_out) − normalised · mean(d_out · normalised))
         count = d_out.shape[0] * d_out.shape[2:].numel()
-        factor = weight * inverse
+        inverse = torch.rsqrt(variance + eps)
+        factor = norm_weight.to(mean.dtype) * inverse
         slope = -factor * inverse * d_weight / count
         arriving = (factor, slope, -factor * d_bias / count - slope * mean)
         of_norm = [d_weight.to(norm_weight.dtype), d_bias.to(norm_bias.dtype)]
-    d_x, gradient = native.separable_backward(x, d_out, value, weights, dilation, relu, arriving)
+    d_x, gradient = passes.separable_backward(x, d_out, value, weights, dilation, relu, arriving)
     packed = (depthwise, pointwise, bias)
     of_weights = [g.to(w.dtype) for g, w in zip(gradient, packed, strict=True) if w is not None and g is not None]
     return [d_x, *of_weights, *of_norm]
@@ -263,6 +257,11 @@ class _Separable(torch.autograd.Function):
 
 def _differentiable(*inputs: Any) -> tuple[Tensor, ...]:
     return separable(*inputs) if torch.compiler.is_compiling() else _Separable.apply(*inputs)
+
+
+def _passes_for(x: Tensor) -> Any:
+    """The module whose kernels take x."""
+    return import_module(f"btinet_kernels.separable.{kernels_for(x, OPERATOR)}")
 
 
 def _weights_of(x: Tensor, depthwise: Tensor, pointwise: Tensor, bias: Tensor | None) -> SeparableWeights:

@@ -8,6 +8,9 @@ namespace btinet {
 // "avx512", "avx2" or "portable".
 const char* instruction_set();
 
+// Whether the instruction set is "avx512" and the machine also sums products of pairs of bfloat16 (AVX512_BF16).
+bool multiplies_bfloat16();
+
 }  // namespace btinet
 
 #if defined(__x86_64__)

@@ -1,12 +1,15 @@
 // Matrices cut into panels of columns, as wide as the register block of a product, so that a product reads memory in
-// one stream. Compiled once per instruction set (BTINET_ISA).
+// one stream. Panels of bfloat16 have an even number of rows, two by two as products take them. Compiled once per
+// instruction set (BTINET_ISA).
 #pragma once
 
 namespace btinet {
 namespace BTINET_ISA {
 
-template <class T>
+template <class F>
 class Panels {
+  using T = Compute<F>;
+
  public:
   static constexpr int64_t kWidth = kVectors * Lanes<T>::count;
 
@@ -21,17 +24,17 @@ class Panels {
   // Whole vectors of columns in a panel; only the last may have fewer than kWidth.
   int64_t width(int64_t panel) const { return std::min(kWidth, columns_ - panel * kWidth); }
   int64_t first_column(int64_t panel) const { return panel * kWidth; }
-  void clear(int64_t panel) { std::fill_n(this->panel(panel), rows_ * kWidth, T(0)); }
-  T* panel(int64_t panel) { return &data_[panel * rows_ * kWidth]; }
-  // Where the vector of columns that starts at `column` lies in row 0; rows lie kWidth apart.
+  void clear(int64_t panel) { std::fill_n(this->panel(panel), rows_ * kWidth, F{}); }
+  F* panel(int64_t panel) { return &data_[panel * rows_ * kWidth]; }
+  // Where the vector of columns that starts at `column` lies in row 0; rows lie kWidth apart. Not of bfloat16.
   T* at(int64_t column) { return panel(column / kWidth) + column % kWidth; }
-  Right<T> right(int64_t panel, int64_t first_row = 0) const {
-    return {&data_[(panel * rows_ + first_row) * kWidth], kWidth};
+  Right<F> right(int64_t panel, int64_t first_row = 0) const {
+    return {&data_[(panel * rows_ + first_row) * kWidth], kTogether<F> * kWidth};
   }
 
  private:
   int64_t rows_, columns_, count_;
-  Scratch<T> data_;
+  Scratch<F> data_;
 };
 
 // The rows of a transposed left operand, as many side by side as the register block has.
@@ -103,14 +106,14 @@ struct AddTo {
 constexpr int64_t kInner = 1024;  // rows of a panel that stay in the second cache while they are used
 
 // out [rows, columns of b] = a b + bias, b: the rows [first, first + count) of the panels.
-template <class T>
-void multiply_panels(Left<T> a, const Panels<T>& b, int64_t first, int64_t count, int64_t rows, const T* bias, T* out,
+template <class F, class T>
+void multiply_panels(Left<F> a, const Panels<F>& b, int64_t first, int64_t count, int64_t rows, const T* bias, T* out,
                      int64_t stride) {
   for (int64_t k = 0; k < count; k += kInner) {
     const int64_t inner = std::min(kInner, count - k);
-    const Left<T> left{a.data + k * a.inner_step, a.row_step, a.inner_step};
+    const Left<F> left{a.data + k * a.inner_step, a.row_step, a.inner_step};
     for (int64_t p = 0; p < b.count(); ++p) {
-      const Right<T> right = b.right(p, first + k);
+      const Right<F> right = b.right(p, first + k);
       T* to = out + b.first_column(p);
       if (k == 0)
         multiply(left, right, rows, inner, b.width(p), StoreSum<T>{bias + b.first_column(p), to, stride});
@@ -120,8 +123,8 @@ void multiply_panels(Left<T> a, const Panels<T>& b, int64_t first, int64_t count
   }
 }
 
-template <class T>
-void multiply_panels(Left<T> a, const Panels<T>& b, int64_t rows, const T* bias, T* out, int64_t stride) {
+template <class F, class T>
+void multiply_panels(Left<F> a, const Panels<F>& b, int64_t rows, const T* bias, T* out, int64_t stride) {
   multiply_panels(a, b, 0, b.rows(), rows, bias, out, stride);
 }
 
@@ -132,6 +135,42 @@ void fill_transposed(Panels<T>& panels, int64_t p, int64_t first_row, const T* m
   const int64_t first = panels.first_column(p);
   transpose(matrix + first * stride, stride, std::min(panels.kWidth, columns - first), count,
             panels.panel(p) + first_row * panels.kWidth, panels.kWidth);
+}
+
+#ifdef BTINET_BFLOAT16_DOT
+// The same of bfloat16: pairs of neighbours in a row of the matrix are transposed as if they were one value.
+inline void fill_transposed(Panels<bfloat16>& panels, int64_t p, int64_t first_row, const float* matrix, int64_t stride,
+                            int64_t columns, int64_t count) {
+  constexpr int64_t lanes = Lanes<float>::count;
+  const int64_t first = panels.first_column(p), last = std::min(first + panels.kWidth, columns);
+  for (int64_t column = first; column < last; column += lanes)
+    for (int64_t k = 0; k < count; k += 2 * lanes) {
+      Vector<float> block[lanes] = {};
+      for (int64_t i = 0; i < std::min(lanes, last - column); ++i) {
+        bfloat16 pairs[2 * lanes] = {};
+        const float* row = matrix + (column + i) * stride + k;
+        for_each_vector<float>(std::min(2 * lanes, count - k),
+                               [&](int64_t c, auto part) { store(pairs + c, load(row + c, part)); });
+        std::memcpy(&block[i], pairs, sizeof(pairs));
+      }
+      transpose<float>(block);
+      bfloat16* to = panels.panel(p) + (first_row + k) * panels.kWidth + 2 * (column - first);
+      for (int64_t i = 0; i < std::min(lanes, (count - k + 1) / 2); ++i)
+        std::memcpy(to + i * 2 * panels.kWidth, &block[i], sizeof(block[i]));
+    }
+}
+#endif
+
+// Rows of whole vectors as a left operand; `rounded` receives them where factors are of another type.
+template <class F>
+Left<F> as_factors(const Compute<F>* rows, int64_t count, int64_t stride, Scratch<F>& rounded) {
+  if constexpr (std::is_same_v<F, Compute<F>>) {
+    return {rows, stride, 1};
+  } else {
+    rounded.resize(count * stride);
+    for (int64_t i = 0; i < count * stride; i += Lanes<Compute<F>>::count) store(&rounded[i], load(rows + i));
+    return {rounded.data(), stride, 1};
+  }
 }
 
 // A vector of `count` values with zeros up to whole vectors.

@@ -43,6 +43,10 @@ inline Vector<Compute<S>> load(const S* data, Whole = {}) {
 template <class S>
 inline void store(S* data, Vector<Compute<S>> value, Whole = {}) {
   if constexpr (std::is_same_v<S, bfloat16>) {
+#ifdef BTINET_BFLOAT16_DOT
+    *reinterpret_cast<Bfloat16Lanes*>(data) = Bfloat16Lanes(_mm512_cvtneps_pbh(__m512(value)));
+    return;
+#endif
     using bits = Lanes<float>::bits;
     const bits exact = bits(value);
     const bits to_even = exact + 0x7fffu + ((exact >> 16) & 1u);

@@ -163,7 +163,8 @@ inline void for_each_block(int64_t begin, int64_t end, int64_t width, int64_t di
 }
 
 // The convolutions of the positions [begin, end) of a sample, of all scales, each with whole vectors of channels.
-// `out(scale, c)` is where the vector of channels c of the first position goes; positions lie out_step apart.
+// `out(scale, c)` is where the vector of channels c of the first position goes, rounded if it is of another type;
+// positions lie out_step apart.
 template <class T, class Out>
 void convolve(const PositionRows<T>& x, const ImageRows& rows, const ScaleWeights<T>& weights, const TapTable<T>& table,
               int64_t channels, int64_t begin, int64_t end, const Out& out, int64_t out_step) {
@@ -200,7 +201,7 @@ void convolve(const PositionRows<T>& x, const ImageRows& rows, const ScaleWeight
           }
           if (fetches)
             for (int p = 0; p < P; ++p) __builtin_prefetch(under[count - 1] + from + reach + (kAhead + p) * step + c);
-          T* target = out(i, c) + to;
+          auto* target = out(i, c) + to;
           for (int p = 0; p < P; ++p) store(target + p * out_step, sums[p]);
         }
       });

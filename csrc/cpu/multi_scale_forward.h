@@ -123,6 +123,7 @@ template <class S>
 void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights, const View<S>& out,
                  const View<S>& between, const Finish<Compute<S>>& finish, int threads) {
   using T = Compute<S>;
+  using F = Factor<S>;
   const int64_t channels = x.shape.channels, stride = padded<T>(channels), inner = weights.scales * stride;
   const int64_t middle_stride = padded<T>(weights.middle), out_stride = padded<T>(weights.outputs);
   const ImageRows rows(x.shape, weights.axes);
@@ -131,7 +132,7 @@ void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights
   const int64_t tile_size = scale_tile(x.shape.positions());
   const Partition partition(x.shape, tile_size);
   FinishedTiles<T> last(finish, weights.outputs, partition.ranges());
-  Panels<T> pointwise(inner, weights.middle), fusion(weights.fusion ? middle_stride : 0, weights.outputs);
+  Panels<F> pointwise(inner, weights.middle), fusion(weights.fusion ? middle_stride : 0, weights.outputs);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -149,7 +150,8 @@ void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights
       }
     }
     TapTable<T> taps(weights, channels, rows.taps());
-    Scratch<T> staged, convolved(kScaleTile * inner), middle(kScaleTile * middle_stride), bias, fusion_bias;
+    Scratch<T> staged, middle(kScaleTile * middle_stride), bias, fusion_bias;
+    Scratch<F> convolved(kScaleTile * inner), rounded;
     Scratch<T> result(weights.fusion ? kScaleTile * out_stride : 0);
     if (weights.fusion) copy_padded(weights.fusion_bias, weights.outputs, fusion_bias);
     int64_t sample = -1;
@@ -167,15 +169,15 @@ void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights
         convolve(
             values, rows, weights, taps, channels, tile.begin, tile.end,
             [&](int scale, int64_t c) { return &convolved[scale * stride + c]; }, inner);
-        multiply_panels(Left<T>{convolved.data(), inner, 1}, pointwise, positions, bias.data(), middle.data(),
+        multiply_panels(Left<F>{convolved.data(), inner, 1}, pointwise, positions, bias.data(), middle.data(),
                         middle_stride);
         if (!weights.fusion) {
           last.finish(middle.data(), positions, index);
           return store_tile(out, out_offsets, tile, 0, weights.outputs, middle.data(), middle_stride);
         }
         if (between.data) store_tile(between, between_offsets, tile, 0, weights.middle, middle.data(), middle_stride);
-        multiply_panels(Left<T>{middle.data(), middle_stride, 1}, fusion, positions, fusion_bias.data(), result.data(),
-                        out_stride);
+        multiply_panels(as_factors(middle.data(), positions, middle_stride, rounded), fusion, positions,
+                        fusion_bias.data(), result.data(), out_stride);
         store_tile(out, out_offsets, tile, 0, weights.outputs, result.data(), out_stride);
       });
     }

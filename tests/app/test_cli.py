@@ -154,7 +154,8 @@ def test_bad_data_is_named_and_nothing_is_written(
 def test_a_full_disk_leaves_nothing_half_written(ultrasound: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = btinet("train", "--data", ultrasound, "--out", out, "--epochs", 1, *MODEL, limit_kib=200)
-    one_sentence(done.returncode, done.stderr, "model.safetensors", "could not be written")
+    one_sentence(done.returncode, done.stderr, "stage1.pt", "could not be written", "disk full?")
+    assert not (out / "stage1.pt").exists()
     assert not (out / "model.safetensors").exists()
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 

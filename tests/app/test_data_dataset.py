@@ -20,6 +20,7 @@ from btinet.data import (
     resize_image,
     resize_mask,
 )
+from btinet.data.dataset import free_memory
 from btinet.errors import UserError
 
 PLAIN = Preprocessing((32, 48), 3, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -69,6 +70,37 @@ def test_no_masks_is_an_empty_mask_and_bad_files_stop_at_once(samples: list[Samp
     samples[3].masks[0].write_bytes(b"broken")
     with pytest.raises(UserError, match=r"3_mask\.png"):
         SegmentationDataset(samples, PLAIN)
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(elastic=True), Augmentation(copies=2)])
+def test_what_does_not_fit_in_memory_is_read_again_and_is_the_same(
+    samples: list[Sample], augmentation: Augmentation | None
+) -> None:
+    square = default_preprocessing((40, 40), 3)
+    kept = SegmentationDataset(samples, square, augmentation=augmentation)
+    read = SegmentationDataset(samples, square, augmentation=augmentation, memory_share=0)
+    assert kept.in_memory
+    assert not read.in_memory
+    for key in [(item, epoch) for item in range(len(kept)) for epoch in (0, 3)]:
+        for name in ("image", "mask", "label", "index"):
+            assert torch.equal(torch.as_tensor(kept[key][name]), torch.as_tensor(read[key][name]))
+    samples[3].masks[0].write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"3_mask\.png"):
+        SegmentationDataset(samples, square, memory_share=0)
+
+
+def test_the_share_of_free_memory_decides(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 5 * 4 * 32 * 48
+    monkeypatch.setattr("btinet.data.dataset.free_memory", lambda: 2 * needed)
+    assert SegmentationDataset(samples, PLAIN).in_memory
+    monkeypatch.setattr("btinet.data.dataset.free_memory", lambda: 2 * needed - 1)
+    assert not SegmentationDataset(samples, PLAIN).in_memory
+
+
+def test_free_memory_is_that_of_the_machine_or_of_the_control_group() -> None:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
+    assert 2**20 < free_memory() <= total
 
 
 def test_mask_threshold_reaches_the_reader(samples: list[Sample]) -> None:

@@ -225,7 +225,7 @@ def test_check_trainable(tmp_path: Path) -> None:
 
     mask = (tmp_path / "m.png",)
     check_trainable(collection([0, 1, 2, -1], mask))
-    with pytest.raises(UserError, match=r"samples of 1 class\(es\) \(y\)"):
+    with pytest.raises(UserError, match=r"samples of 1 class \(y\)"):
         check_trainable(collection([1, 1, -1], mask))
     with pytest.raises(UserError, match="class 'z' has no sample"):
         check_trainable(collection([0, 1], mask))

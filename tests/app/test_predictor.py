@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from btinet.data.preprocessing import default_preprocessing
 from btinet.errors import UserError
+from btinet.models import create_model
 from btinet.models.checkpoint import Checkpoint
 from btinet.serving.predictor import Predictor, signal_columns
 
@@ -109,6 +110,24 @@ def test_output_that_is_not_finite_is_an_error(brightness_checkpoint: Checkpoint
     predictor = Predictor(replace(brightness_checkpoint, preprocessing=broken))
     with pytest.raises(UserError, match="nan or infinite"):
         predictor([left_bright(32, 32, 4)])
+
+
+def test_bfloat16_changes_little_but_the_time(brightness_checkpoint: Checkpoint) -> None:
+    (prediction,) = Predictor(brightness_checkpoint, precision="bfloat16")([left_bright(32, 32, 12)])
+    assert prediction.lesion_probability.dtype == np.float32
+    assert prediction.class_probabilities.dtype == np.float64
+    np.testing.assert_array_equal(prediction.mask, np.broadcast_to(np.arange(32) < 12, (32, 32)))
+
+    torch.manual_seed(0)
+    network = create_model("btinet_mobilenetv3_small_050", 3).eval()
+    checkpoint = replace(brightness_checkpoint, model=network, preprocessing=default_preprocessing((64, 64), 3))
+    images = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8) for seed in range(4)]
+    for ours, wanted in zip(
+        Predictor(checkpoint, precision="bfloat16")(images), Predictor(checkpoint)(images), strict=True
+    ):
+        np.testing.assert_allclose(ours.class_probabilities, wanted.class_probabilities, atol=0.02)
+        np.testing.assert_allclose(ours.lesion_probability, wanted.lesion_probability, atol=0.02)
+        assert not np.array_equal(ours.lesion_probability, wanted.lesion_probability)  # it did compute in bfloat16
 
 
 def test_unusable_devices_are_named(brightness_checkpoint: Checkpoint) -> None:

@@ -8,7 +8,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from btinet.training.stages import CLIP_NORM, _adam
+from btinet.training.epochs import CLIP_NORM
+from btinet.training.stages import _adam
 
 
 def network() -> nn.Module:

@@ -131,7 +131,7 @@ def test_interactions_train(ultrasound: Path, tmp_path: Path, interaction: str) 
         {"dataset": "folders"},
         {"signals": "variance", "pool": "softmax"},
         {"decoder_channels": [16, 8]},
-        {"freeze_early": True},
+        {"freeze_stages": 1},
     ],
     ids=str,
 )

@@ -125,6 +125,17 @@ def test_modules_are_summed_and_losses_said(tmp_path: Path) -> None:
     assert "3.00 | 2.25 |" in text
 
 
+def test_every_variant_of_the_network_is_a_row(tmp_path: Path) -> None:
+    network = case(1, 1, {"eager": 12.0, "ours": 8.0, "ours, fuse()": 6.0}, direction="inference")
+    network |= {"name": "net, inference", "peak_mib": {"eager": 200.0, "ours": 150.0}}
+    machine = {"cpu": "Abacus", "cores": 2, "torch": "2.15.0", "allocator": "glibc", "date": "2026-01-02"}
+    (tmp_path / "abacus").mkdir()
+    (tmp_path / "abacus" / "network.json").write_text(json.dumps({"machine": machine, "cases": [network]}))
+    for text in (report_modules.network_report(tmp_path), report_modules.network_summary(tmp_path)):
+        assert "| net, inference | ours, fuse() | 6.0 (6.0 … 6.0) | 2.00 | – |" in text
+        assert "eager 200 MiB, ours 150 MiB (75%)" in text
+
+
 def test_the_committed_network_report_is_up_to_date() -> None:
     results = report.CHECKOUT / "benchmarks" / "results"
     assert (report.CHECKOUT / "docs" / "network_benchmarks.md").read_text() == report_modules.network_report(results)

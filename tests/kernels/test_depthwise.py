@@ -1,9 +1,6 @@
 """Depthwise convolution against PyTorch's in float64: values, gradients, layouts, edges, strides and dilation."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -215,7 +212,7 @@ def test_repeats_and_threads_are_bit_identical(layout: str) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
-def test_every_instruction_set(tmp_path: Path) -> None:
+def test_every_instruction_set(in_every_instruction_set: Callable[[str], list[Tensor]]) -> None:
     program = (
         "import torch, btinet_kernels as k\n"
         "torch.manual_seed(0)\n"
@@ -228,15 +225,9 @@ def test_every_instruction_set(tmp_path: Path) -> None:
         "        d = torch.autograd.grad(y.sin().sum(), [x, w])\n"
         "    print(*(float(t.detach().abs().sum()) for t in (y, *d)))\n"
     )
-    printed = []
-    for instruction_set in ("avx512", "avx2", "portable"):
-        environment = {**os.environ, "BTINET_INSTRUCTION_SET": instruction_set}
-        command = [sys.executable, "-c", program]  # elsewhere: the checkout lacks the compiled part
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-        output = done.stdout
-        printed.append(torch.tensor([float(number) for number in output.split()]))
-    for other in printed[1:]:
-        torch.testing.assert_close(other, printed[0], rtol=1e-5, atol=0)
+    first, *others = in_every_instruction_set(program)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-5, atol=0)
 
 
 def test_what_a_kernel_leaves_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,9 @@ def test_repeats_are_bit_identical_for_any_number_of_threads(fusion: bool) -> No
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-@pytest.mark.parametrize("change", ["in place", "optimizer", "load_state_dict", "new parameter", "dtype"])
+@pytest.mark.parametrize(
+    "change", ["in place", "optimizer", "fused optimizer", "load_state_dict", "new parameter", "dtype"]
+)
 def test_inference_follows_changed_weights(change: str) -> None:
     fusion, x = module(16, 2).eval(), dense((2, 16, 20, 20), "rows")
     with use_backend("native"), torch.no_grad():
@@ -224,8 +226,8 @@ def test_inference_follows_changed_weights(change: str) -> None:
             fusion.fusion.weight = torch.nn.Parameter(fusion.fusion.weight * 1.5)
         elif change == "dtype":
             fusion, x = fusion.float(), x.float()
-    if change == "optimizer":
-        optimizer = torch.optim.SGD(fusion.parameters(), 0.1)
+    if "optimizer" in change:
+        optimizer = torch.optim.Adam(fusion.parameters(), 0.1, fused="fused" in change)
         with use_backend("native"):
             fusion(x).sum().backward()
         optimizer.step()

@@ -24,8 +24,10 @@ KERNELS = {
     "columns_gradient",
     "columns_of_context",
     "columns_of_inputs",
+    "combine_moments",
     "combine_sums",
     "convolution_gradient_of_parts",
+    "convolved_gradient_of_tiles",
     "gate_gradient",
     "gate_gradients_of_tiles",
     "gate_tiles",
@@ -33,6 +35,12 @@ KERNELS = {
     "input_gradient_of_tiles",
     "maps_gradient_of_tiles",
     "maps_of_scale",
+    "moments_of_parts",
+    "norm_gradient_of_parts",
+    "norm_input_gradient_of_tiles",
+    "normalise_tiles",
+    "pointwise_gradient_of_parts",
+    "product_of_tiles",
     "products_of_level",
     "results_of_samples",
     "softmax_context_gradient",
@@ -75,6 +83,24 @@ from btinet_kernels.interaction import triton as passes
 from btinet_kernels.interaction.passes_op import LevelOptions
 from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
 from btinet_kernels.multi_scale import triton as multi_scale
+from btinet_kernels.normalization import triton as normalization
+from btinet_kernels.separable import triton as separable
+from btinet_kernels.separable.reference import SeparableWeights
+
+def norm_of(x, vector):
+    weights, moments = ([vector(x.shape[1]) for _ in range(2)] for _ in range(2))
+    for training in (True, False):
+        normalization.batch_norm(x, weights, None if training else moments, 1e-3, "silu")
+        normalization.batch_norm_backward(x, x, weights, moments, training=training, eps=1e-3, act="silu")
+    normalization.batch_norm_backward(x, x, (None, None), moments, training=True, eps=1e-3, act="identity")
+
+def separable_of(x, vector, outputs, dilation):
+    channels, of_outputs = x.shape[1], [vector(outputs) for _ in range(3)]
+    weights = SeparableWeights(vector(channels, 1, 3, 3), vector(outputs, channels, 1, 1), vector(outputs))
+    separable.separable(x, weights, dilation, True, affine=of_outputs[:2])
+    value = separable.separable(x, weights, dilation, True, moments=of_outputs[:2])
+    separable.separable_backward(x, value, value, weights, dilation, True, of_outputs)
+    separable.separable_backward(x, value, value.new_empty(0), weights, dilation, False)
 
 def scales_of(x, vector):
     batch, channels = x.shape[:2]
@@ -120,8 +146,13 @@ for case in cases:
         more = (256, hidden, 64, 32) if int(channels) > 1 else (1, 1, 1, 1)
         level_of(int(batch), int(channels), *more, vector)
         continue
+    if pool == "separable":
+        separable_of(seg, vector, int(channels), 1)
+        continue
     if pool == "modules":
         scales_of(seg, vector)
+        norm_of(seg, vector)
+        separable_of(seg, vector, max(1, int(channels) // 4), 2)
         for x in (seg, seg[..., 0], seg[..., None]) if int(channels) == 1 else (seg,):
             gates_of(x, vector)
         continue
@@ -197,7 +228,7 @@ def test_all_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
     # The few above have the widest and the narrowest level's vectors; a level takes minutes.
     cases += [(*shape, "float32", "channels_last", "vectors") for shape in ((192, 28, 8), (96, 56, 128))]
     modules = [(48, 112, 8), (144, 112, 64), (336, 28, 8), (1792, 7, 8)]
-    cases += [(*shape, *rest, "modules") for shape in modules for rest in product(dtypes, layouts)]
+    cases += [(*shape, *rest) for shape in modules for rest in product(dtypes, layouts, ("modules", "separable"))]
     check(capability, [*cases, (192, 28, 8, "float16", "channels_last", "gap")], tmp_path)
 
 

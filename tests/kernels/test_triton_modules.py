@@ -25,6 +25,7 @@ SERVED = INTERPRETED or torch.cuda.is_available()
 if SERVED:
     from btinet_kernels.gates import triton as gates
     from btinet_kernels.multi_scale import triton as multi_scale
+    from btinet_kernels.multi_scale import triton_depthwise
 
 on_device = [
     pytest.mark.usefixtures("seeded"),
@@ -172,7 +173,7 @@ class TestMultiScale:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_programs_that_take_several_tiles(self, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(multi_scale, "ENOUGH_PROGRAMS", 3)
+        monkeypatch.setattr(triton_depthwise, "ENOUGH_PROGRAMS", 3)
         x, upstream = dense((2, 3, 13, 11), layout), dense((2, 3, 13, 11), layout)
         ours, exact = both(drawn(MultiScaleContextFusion(3)), [x], upstream)
         assert largest_error(ours, exact) < tolerance(torch.float32, x.numel())

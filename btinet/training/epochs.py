@@ -1,0 +1,170 @@
+"""One epoch of training and of validation, in one process or in several that share the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from btinet.data import EpochBatches
+from btinet.errors import UserError
+from btinet.models import BTINetOutput
+from btinet.training.averaging import WeightAverage
+from btinet.training.engine import reduced
+from btinet.training.options import Recipe
+
+IOU_SHARE = 0.7  # of the score that selects the model; the rest is accuracy
+CLIP_NORM = 1.0
+
+Batch = dict[str, Tensor]
+Loss = Callable[[BTINetOutput, Batch], Tensor]
+
+
+@dataclass
+class Loaders:
+    """The images of a training."""
+
+    train: DataLoader[Any]
+    train_batches: EpochBatches
+    val: DataLoader[Any]
+    memory_format: torch.memory_format
+
+
+def train_epoch(
+    fabric: Fabric,
+    module: _FabricModule,
+    optimizer: torch.optim.Optimizer,
+    loaders: Loaders,
+    loss_of: Loss,
+    *,
+    accumulate: int,
+    average: WeightAverage | None,
+    advance: Callable[[], None],
+) -> float:
+    """Take a step for every ``accumulate`` batches; returns the mean loss over the images of all processes.
+
+    A step follows the mean over its images, whatever batches and processes they were in.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    module.train()
+    total = count = 0.0
+    for batches in _groups(loaders.train, accumulate):
+        sizes = [len(batch["label"]) for batch in batches]
+        images = _sum(fabric, sum(sizes))
+        for number, (batch, size) in enumerate(zip(batches, sizes, strict=True), start=1):
+            with fabric.no_backward_sync(module, enabled=number < len(batches)):
+                loss = loss_of(BTINetOutput(*module(_image(batch, loaders))), batch)
+                value = _sum(fabric, loss.item() * size)
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"training diverged (the loss is {loss.item()}); lower --lr or use --precision 32-true."
+                    )
+                # Processes average their gradients.
+                fabric.backward(loss * (size * fabric.world_size / images))
+            total += value
+            advance()
+        count += images
+        fabric.clip_gradients(module, optimizer, max_norm=CLIP_NORM, error_if_nonfinite=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update()
+    return total / count
+
+
+@torch.inference_mode()
+def validate(fabric: Fabric, module: nn.Module, loaders: Loaders, loss_of: Loss, recipe: Recipe) -> dict[str, Any]:
+    """Losses and scores over the images of all processes."""
+    module.eval()
+    loss = images = ious = lesions = hits = labelled = 0.0
+    overlap = np.zeros((2, 2))  # Keras's MeanIoU: rows background, foreground; columns intersection, union
+    for batch in loaders.val:
+        output = BTINetOutput(*module(_image(batch, loaders)))
+        size = len(batch["label"])
+        loss += loss_of(output, batch).item() * size
+        images += size
+        mask = batch["mask"] > 0.5
+        of_lesions = _foreground_ious(output.seg_logits > 0, mask)
+        ious += sum(of_lesions)
+        lesions += len(of_lesions)
+        known = batch["label"] >= 0
+        hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
+        labelled += known.sum().item()
+        overlap += _keras_overlap(torch.sigmoid(output.seg_logits.float()), mask)
+    sums = torch.tensor([loss, images, ious, lesions, hits, labelled, *overlap.flatten()], dtype=torch.float64)
+    loss, images, ious, lesions, hits, labelled, *rest = reduced(fabric, sums, "sum").tolist()
+    overlap = np.array(rest).reshape(2, 2)
+    iou = ious / lesions
+    truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
+    monitored = truncated if recipe.monitor == "keras_truncated" else iou
+    accuracy = hits / labelled if labelled else 0.0
+    return {
+        "val_loss": loss / images,
+        "val_iou": iou,
+        "val_accuracy": accuracy,
+        "val_score": IOU_SHARE * monitored + (1 - IOU_SHARE) * accuracy,
+    }
+
+
+def average_statistics(fabric: Fabric, network: nn.Module, average: WeightAverage | None) -> None:
+    """Give every process the mean of the BatchNorm statistics, which each gathered from its own images."""
+    if fabric.world_size == 1:
+        return
+    statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    for tensor in statistics + (average.statistics() if average is not None else []):
+        tensor.copy_(reduced(fabric, tensor.clone(), "mean"))
+
+
+def _sum(fabric: Fabric, number: float) -> float:
+    """The sum over the processes."""
+    if fabric.world_size == 1:
+        return number
+    return reduced(fabric, torch.tensor(number, dtype=torch.float64), "sum").item()
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _image(batch: Batch, loaders: Loaders) -> Tensor:
+    return batch["image"].contiguous(memory_format=loaders.memory_format)
+
+
+def _foreground_ious(predicted: Tensor, mask: Tensor) -> list[float]:
+    """IoU of each image that has a lesion."""
+    predicted, mask = predicted.flatten(1), mask.flatten(1)
+    both, either = (predicted & mask).sum(1), (predicted | mask).sum(1)
+    return [i / u for i, u, lesion in zip(both.tolist(), either.tolist(), mask.any(1).tolist(), strict=True) if lesion]
+
+
+def _keras_overlap(probability: Tensor, mask: Tensor) -> np.ndarray:
+    """Intersections and unions of background and foreground when the probability is truncated to an integer."""
+    predicted = probability.int().bool()
+    rows = []
+    for ours, theirs in ((~predicted, ~mask), (predicted, mask)):
+        rows.append([(ours & theirs).sum().item(), (ours | theirs).sum().item()])
+    return np.array(rows)
+
+
+@contextmanager
+def progress(console: Console, title: str, steps: int) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal, and what moves it by a step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=steps)
+        yield lambda: bar.advance(task)
