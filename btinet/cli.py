@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(sentence: str, details: Sequence[str] = ()) -> int:
-    for line in (f"btinet: error: {sentence}", *details):
+    for line in (f"btinet: error: {sentence}", *(f"  {detail}" for detail in details)):
         print("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line), file=sys.stderr)
     return 2
 
@@ -113,7 +113,7 @@ def _convert(options: Namespace) -> None:
             raise UserError("convert: --to-keras takes classes and image size from the run; leave the options out.")
         done = export_keras(options.source, options.to_keras)
     else:
-        classes = None if options.classes is None else options.classes.split(",")
+        classes = None if options.classes is None else [name.strip() for name in options.classes.split(",")]
         size = None if options.image_size is None else (options.image_size, options.image_size)
         done = import_keras(options.source, options.out, classes, size)
     height, width = done.image_size

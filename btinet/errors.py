@@ -11,9 +11,8 @@ class UserError(ValueError):
     The message is one clear sentence: which file or argument, what was found, what was expected, what to do.
     The command line prints it and exits with code 2; it never shows a traceback for it.
 
-    Args:
-        sentence: the message.
-        details: lines that the command line prints below it.
+    Attributes:
+        details: lines that follow the sentence there, where a list says more.
     """
 
     def __init__(self, sentence: str, details: Sequence[str] = ()) -> None:

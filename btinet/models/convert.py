@@ -158,13 +158,13 @@ def _difference(file: Path, groups: Mapping[str, Sequence[str]]) -> UserError:
     counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in groups.items())
     details = []
     for kind, lines in groups.items():
-        details += [f"  {kind:<10}  {line}" for line in lines[:_LISTED]]
+        details += [f"{kind:<10}  {line}" for line in lines[:_LISTED]]
         if len(lines) > _LISTED:
-            details.append(f"  {kind:<10}  … and {len(lines) - _LISTED} more")
-    sentence = (
-        f"{file}: holds another network than the official BTI-Net with EfficientNet-B4, whose variables are {counts}:"
+            details.append(f"{kind:<10}  … and {len(lines) - _LISTED} more")
+    return UserError(
+        f"{file}: holds another network than the official BTI-Net with EfficientNet-B4; of its variables {counts}.",
+        details,
     )
-    return UserError(sentence, details)
 
 
 def _class_names(given: Sequence[str] | None, count: int, file: Path) -> tuple[str, ...]:

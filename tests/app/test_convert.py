@@ -439,7 +439,7 @@ def test_classes(tmp_path: Path, official_variables: Variables, refused: Refused
     refused(file, *out, words=["5 classes", "--classes"])
     refused(file, *out, "--classes", "a,b,c", words=["--classes a,b,c", "3", "5"])
     refused(file, *out, "--classes", "a,b,c,d,a", words=["5 different"])
-    assert main(["convert", str(file), "--out", str(tmp_path / "run"), "--classes", "a,b,c,d,e"]) == 0
+    assert main(["convert", str(file), "--out", str(tmp_path / "run"), "--classes", "a, b,c,d,e"]) == 0
     checkpoint = load_checkpoint(tmp_path / "run")
     assert checkpoint.classes == tuple("abcde")
     assert checkpoint.preprocessing.image_size == (224, 224)
