@@ -47,6 +47,7 @@ class Recorder:
         self.not_measured: list[dict[str, str]] = []
         self.modules: list[dict[str, Any]] = []
         self.network: list[dict[str, Any]] = []
+        self.foreign: list[dict[str, Any]] = []
         self._measured: list[tuple[Workload, str, dict[str, Any]]] = []
         self._deadline = time.monotonic() + config.getoption("time_limit")
 
@@ -90,14 +91,15 @@ class Recorder:
         }
 
     def write(self, cases: list[dict[str, Any]], folder: Path) -> list[Path]:
-        """The interaction's cases, the modules' and the network's, a file each, where any were measured."""
+        """The interaction's cases, and each of the others', a file each, where any were measured."""
         described = machine.describe(self.device)
         folder = folder / described["slug"]
         written = []
         if cases:
             content = {"machine": described, "limits": self.limits.as_dict(), "cases": cases}
             written.append(_write(folder / "interaction.json", content | {"not_measured": self.not_measured}))
-        for name, measured in (("modules", self.modules), ("network", self.network)):
+        others = {"modules": self.modules, "network": self.network, "foreign": self.foreign}
+        for name, measured in others.items():
             if measured:
                 peaks = {what: round(rate / 1e9, 1) for what, rate in cpu_peaks().items()}
                 content = {"machine": described, "peak_gflop_per_s": peaks, "cases": measured}
@@ -160,7 +162,7 @@ def module_problem(request: pytest.FixtureRequest, recorder: Recorder) -> Module
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     recorder = config.stash[_recorder]
     cases = recorder.finish()
-    others = recorder.modules + recorder.network
+    others = recorder.modules + recorder.network + recorder.foreign
     if not cases and not others:
         return
     terminalreporter.section("interleaved medians in ms (quartiles), and the machine's limit")

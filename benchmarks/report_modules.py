@@ -54,7 +54,7 @@ def network_summary(results: Path) -> str:
 def _measured(results: Path) -> Iterator[list[dict[str, Any]]]:
     """What there is of each machine, the network first."""
     for folder in sorted(results.iterdir()) if results.exists() else ():
-        files = [folder / f"{name}.json" for name in ("network", "modules")]
+        files = [folder / f"{name}.json" for name in ("network", "foreign", "modules")]
         if measured := [json.loads(file.read_text()) for file in files if file.exists()]:
             yield measured
 
@@ -130,9 +130,9 @@ def _peak_rates(measured: dict[str, Any]) -> str:
     rates = measured.get("peak_gflop_per_s")
     if not rates:
         return ""
-    what = "modules" if "operator" in measured["cases"][0] else "network"
+    what = "modules" if "operator" in measured["cases"][0] else measured["cases"][0]["name"].split(",")[0]
     listed = ", ".join(f"{name.replace('_', ' ')} {rate:.0f}" for name, rate in rates.items())
-    return f"Peak rates after the measurement of the {what}, GFLOP/s: {listed}.\n"
+    return f"Peak rates after the measurement of {what}, GFLOP/s: {listed}.\n"
 
 
 def _spread(summary: dict[str, float] | None) -> str:

@@ -37,7 +37,7 @@ def test_foreign_network(benchmark: Any, recorder: Any, request: pytest.FixtureR
     recorder.refuse_if_late(ForeignProblem.name)
     problem = ForeignProblem()
     summaries = interleaved(problem.samples(), min_rounds=request.config.getoption("rounds"))
-    recorder.network.append(
+    recorder.foreign.append(
         {
             "name": problem.name,
             "mode": "training step",
