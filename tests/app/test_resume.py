@@ -141,7 +141,8 @@ def kill(process: subprocess.Popen[bytes], moment: Any) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("patience", [22, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("patience", [22, 1])
 def test_extension_is_the_same_whenever_it_is_asked_for(
     ultrasound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int
 ) -> None:

@@ -52,6 +52,7 @@ def test_what_a_run_leaves_behind(ultrasound: Path, tmp_path: Path) -> None:
     assert sorted(set(split.values())) == ["test", "train", "val"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_whatever_prepares_the_images(ultrasound: Path, tmp_path: Path) -> None:
     runs = [
         train(options(ultrasound, tmp_path / name, seed=7, workers=workers, stage2_epochs=1))
