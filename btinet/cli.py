@@ -339,7 +339,7 @@ def _add_device_and_batch(parser: ArgumentParser) -> None:
         "--precision",
         type=Literal["float32", "bfloat16"],
         default="float32",
-        help="What the network computes in; bfloat16 is faster where the hardware has it.",
+        help="What the network computes in; bfloat16 is faster on CPUs with AVX512_BF16.",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="Images at a time.")
 

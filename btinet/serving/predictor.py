@@ -51,8 +51,8 @@ class Predictor:
         device: "auto" (the GPU where torch finds one, else the CPU) or a torch device such as "cpu" or
             "cuda:1".
         threshold: lesion probability above which a pixel is lesion, strictly between 0 and 1.
-        precision: what the network computes in. "bfloat16" is about twice as fast on a CPU with AVX512_BF16 or on a
-            GPU; a few pixels at the edges of lesions may change.
+        precision: what the network computes in. "bfloat16" is faster on a CPU with AVX512_BF16
+            (docs/network_benchmarks.md); probabilities are rounded, so that single pixels may change.
 
     Raises:
         UserError: the device cannot be used or the threshold is outside (0, 1).

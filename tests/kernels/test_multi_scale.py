@@ -104,6 +104,17 @@ def test_single_and_half_precision(shape: tuple[int, ...], layout: str, dtype: t
     assert largest_error(ours[:2], exact[:2]) < in_float32 + torch.finfo(dtype).eps
 
 
+def test_two_products_in_bfloat16() -> None:
+    """Few positions: the convolutions' factors are not merged, and what is between them is rounded."""
+    fusion, x = module(70, 2), dense((1, 70, 4, 5), "rows", torch.bfloat16)
+    with torch.no_grad(), use_backend("reference"):
+        exact = fusion(x.double())
+    with use_backend("native"):  # recording: an inference may merge the factors in order to keep them
+        ours = fusion.float()(x)
+    rounding = 2.0**-9  # at most, of the result, of what is between, and of the factors of both products
+    assert ((ours.double() - exact).norm() / exact.norm()).item() < 6**0.5 * rounding
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 3, 7), (2, 4, 6, 5), (1, 3, 5, 2, 6)])
 def test_gradcheck(shape: tuple[int, ...], layout: str) -> None:

@@ -28,6 +28,7 @@ KERNELS = {
     "combine_sums",
     "convolution_gradient_of_parts",
     "convolved_gradient_of_tiles",
+    "dropout_of_places",
     "gate_gradient",
     "gate_gradients_of_tiles",
     "gate_tiles",
@@ -77,6 +78,7 @@ def compile_only(self, *arguments, grid, warmup, **options):
         print(self.__name__, case, kernel.metadata.num_warps, kernel.metadata.shared, path)
 
 JITFunction.run = compile_only
+from btinet_kernels.dropout import triton as dropout
 from btinet_kernels.gates import triton as gates
 from btinet_kernels.gates.reference import DualPathWeights
 from btinet_kernels.interaction import triton as passes
@@ -151,6 +153,7 @@ for case in cases:
         continue
     if pool == "modules":
         scales_of(seg, vector)
+        dropout.dropout(seg, torch.empty(1, dtype=torch.int64, device="meta"), 0.3)
         norm_of(seg, vector)
         separable_of(seg, vector, max(1, int(channels) // 4), 2)
         for x in (seg, seg[..., 0], seg[..., None]) if int(channels) == 1 else (seg,):
