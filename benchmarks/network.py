@@ -1,4 +1,4 @@
-"""BTI-Net-B4 at 224² end to end: a training step and inference, plain PyTorch and ours.
+"""BTI-Net (B4 unless said otherwise) at 224² end to end: a training step and inference, plain PyTorch and ours.
 
 As a script it prints the peak memory of one variant in a process of its own:
 ``python benchmarks/network.py training 8 ours``.
@@ -46,11 +46,12 @@ class NetworkCase:
     mode: str
     batch: int
     dropout: float = 0.0
+    model: str = MODEL
 
     @property
     def name(self) -> str:
         details = ", fused Adam" * (self.mode == TRAINING) + f", dropout {self.dropout}" * (self.dropout > 0)
-        return f"{MODEL}, {self.mode}{details}, B={self.batch}, {SIZE}x{SIZE}, float32, channels_last"
+        return f"{self.model}, {self.mode}{details}, B={self.batch}, {SIZE}x{SIZE}, float32, channels_last"
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ class NetworkProblem:
     def __init__(self, case: NetworkCase, names: tuple[str, ...] = VARIANTS) -> None:
         torch.manual_seed(0)
         self.case = case
-        network = create_model(MODEL, CLASSES, dropout=0.0).to(memory_format=torch.channels_last)
+        network = create_model(case.model, CLASSES, dropout=0.0).to(memory_format=torch.channels_last)
         network.train(case.mode == TRAINING)
         images = torch.randn(case.batch, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
         self.images = images

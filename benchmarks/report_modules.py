@@ -31,7 +31,8 @@ def network_report(results: Path) -> str:
         parts += [_peak_rates(m) for m in measured]
         for cases in (m["cases"] for m in measured):
             parts.append(_table(case for case in cases if "operator" in case))
-            parts.append(_network_table(case for case in cases if "operator" not in case))
+            parts.append(_network_table(_networks(cases)))
+            parts.append(_loading(case for case in cases if "images" in case))
             parts.append(_sums(cases))
             parts.append(_losses(cases))
         parts += [_peaks(m["cases"]) for m in measured]
@@ -45,7 +46,7 @@ def network_summary(results: Path) -> str:
         machine, cases = measured[0]["machine"], [case for m in measured for case in m["cases"]]
         where = f"{machine['cpu']}, {machine['cores']} threads, torch {machine['torch']}, {machine['date']}"
         parts.append(f"\n**{where}**\n")
-        parts.append(_network_table(case for case in cases if "operator" not in case))
+        parts.append(_network_table(_networks(cases)))
         parts.append(_peaks(cases))
         parts.append(_sums(cases))
     return "\n".join(part for part in parts if part)
@@ -54,7 +55,7 @@ def network_summary(results: Path) -> str:
 def _measured(results: Path) -> Iterator[list[dict[str, Any]]]:
     """What there is of each machine, the network first."""
     for folder in sorted(results.iterdir()) if results.exists() else ():
-        files = [folder / f"{name}.json" for name in ("network", "foreign", "modules")]
+        files = [folder / f"{name}.json" for name in ("network", "foreign", "modules", "loading")]
         if measured := [json.loads(file.read_text()) for file in files if file.exists()]:
             yield measured
 
@@ -79,6 +80,24 @@ def _network_table(cases: Iterable[Case]) -> str:
             ratios = [f"{found[n]['median_ms'] / summary['median_ms']:.2f}" if n in found else "–" for n in BASELINES]
             lines.append((case["name"], name, _spread(summary), *ratios))
     return _lines(lines)
+
+
+def _networks(cases: Iterable[Case]) -> Iterator[Case]:
+    """Those that are neither of one operator nor of the loading of images."""
+    return (case for case in cases if "operator" not in case and "images" not in case)
+
+
+def _loading(cases: Iterable[Case]) -> str:
+    """Images per second, prepared and taken."""
+    lines = [("case", "variant", "images/s (quartiles)")]
+    for case in cases:
+        for name, summary in case["variants"].items():
+            median, slow, fast = (1000 * case["images"] / summary[f"{q}_ms"] for q in ("median", "q3", "q1"))
+            lines.append((_label(case), name, f"{_rate(median)} ({_rate(slow)} … {_rate(fast)})"))
+    explained = (
+        "Images that the loader prepares, the start of its workers included, and that a training step takes:\n\n"
+    )
+    return explained + _lines(lines) if len(lines) > 1 else ""
 
 
 def _lines(rows: list[tuple[str, ...]]) -> str:
@@ -137,6 +156,10 @@ def _peak_rates(measured: dict[str, Any]) -> str:
 
 def _spread(summary: dict[str, float] | None) -> str:
     return f"{summary['median_ms']:.1f} ({summary['q1_ms']:.1f} … {summary['q3_ms']:.1f})" if summary else "–"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _label(case: Case) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``btinet train | evaluate | predict | convert | data | demo | models | backends``.
+"""The command line: ``btinet train | evaluate | analyse | predict | convert | data | demo | models | backends``.
 
 Exit codes: 0 done, 1 ``data check`` found what should be corrected, 2 the input cannot be used (one sentence on
 standard error), 130 interrupted.
@@ -78,12 +78,24 @@ def _train(options: Namespace) -> None:
 
 
 def _evaluate(options: Namespace) -> None:
-    from btinet.data import LayoutOptions
     from btinet.evaluation import EvaluateOptions, evaluate_run, print_summary
 
+    print_summary(evaluate_run(EvaluateOptions(**_with_layout(options))))
+
+
+def _analyse(options: Namespace) -> None:
+    from btinet.evaluation.analysis import AnalyseOptions, analyse_run, print_analysis
+
+    print_analysis(analyse_run(AnalyseOptions(**_with_layout(options))))
+
+
+def _with_layout(options: Namespace) -> dict[str, Any]:
+    """The values of a command, those of the layout in one."""
+    from btinet.data import LayoutOptions
+
     values = options.as_dict()
-    layout_options = LayoutOptions(**{field.name: values.pop(field.name) for field in fields(LayoutOptions)})
-    print_summary(evaluate_run(EvaluateOptions(**values, layout_options=layout_options)))
+    of_layout = {field.name: values.pop(field.name) for field in fields(LayoutOptions)}
+    return {**values, "layout_options": LayoutOptions(**of_layout)}
 
 
 def _predict(options: Namespace) -> None:
@@ -147,6 +159,7 @@ def _backends(options: Namespace) -> None:
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "analyse": _analyse,
     "predict": _predict,
     "data": _data,
     "convert": _convert,
@@ -167,6 +180,7 @@ def _parser() -> ArgumentParser:
     for name, build in (
         ("train", _train_parser),
         ("evaluate", _evaluate_parser),
+        ("analyse", _analyse_parser),
         ("predict", _predict_parser),
         ("data", _data_parser),
         ("convert", _convert_parser),
@@ -205,18 +219,7 @@ def _train_parser() -> ArgumentParser:
 
 def _evaluate_parser() -> ArgumentParser:
     parser = _sub("Score a run on the images it was not trained on.")
-    parser.add_argument("run", type=Path, help="Folder of the run.")
-    parser.add_argument("--data", type=Path | None, default=None, help="The data, if they moved or are others.")
-    parser.add_argument("--dataset", type=str | None, default=None, help="Layout of --data; recognised without.")
-    _add_layout_options(parser)
-    parser.add_argument("--manifest", type=Path | None, default=None, help="manifest.json of --data.")
-    parser.add_argument(
-        "--split",
-        type=Literal["train", "val", "test", "all"],
-        default="test",
-        help="Part of the run's split, or all images.",
-    )
-    parser.add_argument("--out", type=Path | None, default=None, help="Results; default: inside the run.")
+    _add_run_and_data(parser)
     parser.add_argument(
         "--eval-size",
         type=Literal["native", "model"],
@@ -230,6 +233,15 @@ def _evaluate_parser() -> ArgumentParser:
         help="HD95 where exactly one of the two masks is empty.",
     )
     _add_device_and_batch(parser)
+    _add_precision(parser)
+    return parser
+
+
+def _analyse_parser() -> ArgumentParser:
+    parser = _sub("Show what the interaction of a run does: displacement, gates and proxies, by difficulty.")
+    _add_run_and_data(parser)
+    parser.add_argument("--bootstrap", type=int, default=2000, help="Resamples behind the intervals.")
+    _add_device_and_batch(parser)
     return parser
 
 
@@ -242,6 +254,7 @@ def _predict_parser() -> ArgumentParser:
         "--threshold", type=float, default=0.5, help="Lesion probability above which a pixel is lesion."
     )
     _add_device_and_batch(parser)
+    _add_precision(parser)
     return parser
 
 
@@ -316,6 +329,21 @@ def _sub(description: str) -> ArgumentParser:
     return ArgumentParser(description=description, exit_on_error=False)
 
 
+def _add_run_and_data(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="Folder of the run.")
+    parser.add_argument("--data", type=Path | None, default=None, help="The data, if they moved or are others.")
+    parser.add_argument("--dataset", type=str | None, default=None, help="Layout of --data; recognised without.")
+    _add_layout_options(parser)
+    parser.add_argument("--manifest", type=Path | None, default=None, help="manifest.json of --data.")
+    parser.add_argument(
+        "--split",
+        type=Literal["train", "val", "test", "all"],
+        default="test",
+        help="Part of the run's split, or all images.",
+    )
+    parser.add_argument("--out", type=Path | None, default=None, help="Results; default: inside the run.")
+
+
 def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="Folder of the data set, or the CSV file.")
     parser.add_argument("--dataset", type=str, default="auto", help="Layout of the data; auto recognises it.")
@@ -335,13 +363,16 @@ def _add_layout_options(parser: ArgumentParser) -> None:
 
 def _add_device_and_batch(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=Device, default="auto", help="Where to compute.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Images at a time.")
+
+
+def _add_precision(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         type=Literal["float32", "bfloat16"],
         default="float32",
         help="What the network computes in; bfloat16 is faster on CPUs with AVX512_BF16.",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="Images at a time.")
 
 
 def _flag(name: str) -> str:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.progress import track
 
 from btinet.data.images import read_image, read_mask
-from btinet.data.layout_options import LayoutOptions
 from btinet.data.preprocessing import resize_image, resize_mask
-from btinet.data.samples import Collection, Sample
-from btinet.data.source import DataSource
-from btinet.data.splits import read_split
-from btinet.errors import UserError
+from btinet.data.samples import Sample
 from btinet.evaluation.classification import ClassificationScores, classification_scores
 from btinet.evaluation.figures import Case, cases_figure, confusion_figure, save_figure
+from btinet.evaluation.run_data import RunOptions, read_run_data
 from btinet.evaluation.segmentation import (
     HD95Empty,
     SegmentationScores,
@@ -37,39 +33,20 @@ CASES_PER_ROW = 3
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """What to evaluate, and how.
+class EvaluateOptions(RunOptions):
+    """What to evaluate, and how; the results go to ``evaluation-SPLIT`` unless ``out`` says otherwise.
 
     Attributes:
-        run: run folder, or its ``model.safetensors``.
-        data: data set; default: the one the run was trained on. Give it when the data has moved, or, with
-            split "all", to evaluate on other data with the same class names.
-        dataset: layout of the data; default: the run's own, or "auto" when ``data`` is given.
-        layout_options, manifest: with ``data``, see ``DataSource``; otherwise the run's own.
-        split: "train", "val" or "test" of the run's ``split.csv``, or "all" images without looking at the
-            split.
-        out: folder for the results; default: ``evaluation-SPLIT`` in the run folder.
         eval_size: resolution of the scores: "native" (each image's own size) or "model" (size of the
             network's input).
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        batch_size: images per forward pass.
         hd95_empty: HD95 of an image where exactly one mask is empty: the image diagonal, infinity, or left
             out.
         precision: "float32" or "bfloat16"; see ``Predictor``.
     """
 
-    run: Path
-    data: Path | None = None
-    dataset: str | None = None
-    split: Literal["train", "val", "test", "all"] = "test"
-    out: Path | None = None
     eval_size: Literal["native", "model"] = "native"
-    device: str = "auto"
-    batch_size: int = 8
     hd95_empty: HD95Empty = "diagonal"
     precision: Precision = "float32"
-    layout_options: LayoutOptions = field(default_factory=LayoutOptions)
-    manifest: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +80,17 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class _Result:
+class ImageResult:
+    """What the network says about one image, and how good its mask is.
+
+    Attributes:
+        sample: the image.
+        size: height and width at which the mask was scored.
+        scores: of the mask.
+        probabilities: float64 [K], of the classes.
+        signals: gates and proxies, see ``signal_columns``.
+    """
+
     sample: Sample
     size: tuple[int, int]
     scores: SegmentationScores
@@ -122,24 +109,19 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
         UserError: the run, its data or its split cannot be read or do not belong together, the split is
             empty, or a result cannot be written.
     """
-    if options.batch_size < 1:
-        raise UserError(f"batch size {options.batch_size}: expected at least 1.")
-    folder = options.run if options.run.is_dir() else options.run.parent
     predictor = Predictor(load_checkpoint(options.run), options.device, precision=options.precision)
-    source, mask_threshold = _data_source(options, folder)
-    collection = source.read(predictor.classes)
-    samples = _chosen_samples(options.split, folder, collection)
-    reader = _Reader(predictor, options.eval_size, mask_threshold)
-    results = list(_evaluate(reader, samples, options.batch_size, options.hd95_empty))
+    data = read_run_data(options, predictor.classes)
+    reader = Reader(predictor, options.eval_size, data.mask_threshold)
+    results = list(evaluate_images(reader, data.samples, options.batch_size, options.hd95_empty))
 
-    classes = collection.classes
+    classes = data.classes
     labels = [result.sample.label for result in results]
     probabilities = np.stack([result.probabilities for result in results])
     labelled = any(label >= 0 for label in labels)
-    out = options.out or folder / f"evaluation-{options.split}"
+    out = options.out or options.folder / f"evaluation-{options.split}"
     summary = Summary(
-        run=str(folder),
-        data=str(source.path),
+        run=str(options.folder),
+        data=str(data.path),
         out=str(out),
         split=options.split,
         images=len(results),
@@ -173,8 +155,8 @@ def choose_cases(dice: Sequence[float], per_row: int = CASES_PER_ROW) -> dict[st
     return {name: row for name, row in (("best", best), ("median", middle), ("worst", worst)) if row}
 
 
-class _Reader:
-    """Reads samples at the resolution of the scores and predicts them."""
+class Reader:
+    """Reads samples at the resolution of the scores, and holds the predictor that takes them."""
 
     def __init__(self, predictor: Predictor, eval_size: str, mask_threshold: int | None) -> None:
         self.predictor = predictor
@@ -182,6 +164,7 @@ class _Reader:
         self.mask_threshold = mask_threshold
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image uint8 [H, W, C] and its mask bool [H, W]; raises ``UserError`` when one cannot be used."""
         image = read_image(sample.image, self.predictor.preprocessing.channels)
         height, width = image.shape[:2]
         mask = read_mask(sample.masks, height, width, self.mask_threshold)
@@ -190,7 +173,10 @@ class _Reader:
         return resize_image(image, self.size), resize_mask(mask, self.size)
 
 
-def _evaluate(reader: _Reader, samples: Sequence[Sample], batch_size: int, hd95_empty: HD95Empty) -> Iterator[_Result]:
+def evaluate_images(
+    reader: Reader, samples: Sequence[Sample], batch_size: int, hd95_empty: HD95Empty = "diagonal"
+) -> Iterator[ImageResult]:
+    """Predict and score ``samples`` in their order, batch by batch; see ``segmentation_scores`` for ``hd95_empty``."""
     starts = range(0, len(samples), batch_size)
     for start in track(starts, "Evaluating", console=Console(stderr=True), transient=True):
         batch = samples[start : start + batch_size]
@@ -200,49 +186,10 @@ def _evaluate(reader: _Reader, samples: Sequence[Sample], batch_size: int, hd95_
             scores = segmentation_scores(prediction.mask, target, hd95_empty=hd95_empty)
             height, width = target.shape
             signals = signal_columns(prediction, reader.predictor.proxy_names)
-            yield _Result(sample, (height, width), scores, prediction.class_probabilities, signals)
+            yield ImageResult(sample, (height, width), scores, prediction.class_probabilities, signals)
 
 
-def _data_source(options: EvaluateOptions, folder: Path) -> tuple[DataSource, int | None]:
-    config = _read_config(folder / "config.yaml")
-    if options.data is not None:
-        given = DataSource(options.data, options.dataset or "auto", options.layout_options, options.manifest)
-        return given, config.get("mask_threshold")
-    if options.manifest is not None or options.layout_options != LayoutOptions():
-        raise UserError("--manifest, --curated, --labels, --lesion-groups: belong to --data; give it too.")
-    if not config.get("data"):
-        raise UserError(f"{folder / 'config.yaml'}: names no data; say with --data where the data set lies.")
-    data = Path(config["data"])
-    if not data.exists():
-        raise UserError(f"{data}: the data of this run is no longer there; say with --data where it lies now.")
-    source = DataSource.from_options(config)
-    return replace(source, dataset=options.dataset or source.dataset), config.get("mask_threshold")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: is not a readable YAML file; restore the one the training wrote.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected options as 'name: value' lines; restore the one the training wrote.")
-    return config
-
-
-def _chosen_samples(split: str, folder: Path, collection: Collection) -> list[Sample]:
-    if split == "all":
-        chosen = list(collection.samples)
-    else:
-        assigned = read_split(folder / "split.csv", collection)
-        chosen = [sample for sample in collection.samples if assigned.get(sample.id) == split]
-    if not chosen:
-        raise UserError(f"{folder / 'split.csv'}: split {split!r} holds no image of {collection.root}; choose another.")
-    return chosen
-
-
-def _baselines(results: Sequence[_Result]) -> dict[str, dict[str, float]]:
+def _baselines(results: Sequence[ImageResult]) -> dict[str, dict[str, float]]:
     # Without a lesion, all background is right (IoU 1) and all foreground is wrong (IoU 0).
     background = [float(result.scores.target_pixels == 0) for result in results]
     foreground = [result.scores.target_pixels / math.prod(result.size) for result in results]
@@ -256,7 +203,7 @@ def _baselines(results: Sequence[_Result]) -> dict[str, dict[str, float]]:
     }
 
 
-def _row(result: _Result, classes: Sequence[str]) -> dict[str, Any]:
+def _row(result: ImageResult, classes: Sequence[str]) -> dict[str, Any]:
     scores = result.scores
     height, width = result.size
     return {
@@ -278,7 +225,7 @@ def _row(result: _Result, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _write_cases(path: Path, reader: _Reader, results: Sequence[_Result]) -> None:
+def _write_cases(path: Path, reader: Reader, results: Sequence[ImageResult]) -> None:
     lesion = [result for result in results if result.scores.target_pixels > 0]
     if not lesion:
         path.unlink(missing_ok=True)
@@ -290,7 +237,7 @@ def _write_cases(path: Path, reader: _Reader, results: Sequence[_Result]) -> Non
     save_figure(cases_figure(rows), path)
 
 
-def _case(reader: _Reader, result: _Result) -> Case:
+def _case(reader: Reader, result: ImageResult) -> Case:
     image, target = reader.read(result.sample)
     (prediction,) = reader.predictor([image])
     classes, label = reader.predictor.classes, result.sample.label
