@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from btinet.errors import UserError
 from btinet.evaluation.analysis.displacement import DIRECTIONS, column, interactions, recorded_displacements
-from btinet.evaluation.analysis.figures import by_difficulty_figure, displacement_figure
+from btinet.evaluation.analysis.figures import ARROWS, TASKS, by_difficulty_figure, displacement_figure
 from btinet.evaluation.analysis.report import analysis_markdown
 from btinet.evaluation.analysis.result import AFTER, BEFORE, STREAMS, Analysis, Difficulty, LevelAnalysis
 from btinet.evaluation.analysis.signals import TERCILES, Images, SignalSummary, by_group, summarise_signal
@@ -28,6 +28,7 @@ from btinet.serving.predictor import Predictor
 from btinet.serving.report_figures import GateTable, gate_boxes_figure
 
 LEAST_RESAMPLES = 100
+FEW_IMAGES = 30  # below, intervals by the bootstrap are too narrow
 DIFFICULTIES = {
     "seg": "1 − IoU of the predicted mask at the image's own size; images without a lesion have none",
     "clf": "1 − probability of the predicted class",
@@ -154,19 +155,22 @@ def _notes(levels: Mapping[str, LevelAnalysis], config: BTINetConfig, images: Im
     without = int(np.isnan(images.difficulty["seg"]).sum())
     if without:
         notes.append(f"{without} of {len(images.labels)} images have no lesion, so no difficulty of the segmentation.")
+    for task, values in images.difficulty.items():
+        n = int((~np.isnan(values)).sum())
+        if n < FEW_IMAGES:
+            notes.append(
+                f"Only {n} images have a difficulty of the {TASKS[task]}: its intervals are not to be relied on."
+            )
     return notes
 
 
 def _figures(analysis: Analysis, columns: Mapping[str, Sequence[float]]) -> dict[str, Figure | None]:
     """File name → figure; None: there is nothing to draw."""
     levels = analysis.levels
-    moved = any(level.displacement for level in levels.values())
     gated = tuple(name for name, level in levels.items() if level.gates)
     boxes = GateTable(gated, (), *(_transposed([columns[f"gate_{s}_{name}"] for name in gated]) for s in STREAMS))
-    proposals: dict[str, dict[str, SignalSummary]] = {
-        direction: {name: level.displacement[direction][BEFORE] for name, level in levels.items() if level.displacement}
-        for direction in DIRECTIONS
-    }
+    moved = {name: level.displacement for name, level in levels.items() if level.displacement}
+    proposals = {arrow: {n: of[direction][BEFORE] for n, of in moved.items()} for direction, arrow in ARROWS.items()}
     gates = {f"{stream} gate": {name: levels[name].gates[stream] for name in gated} for stream in STREAMS}
     return {
         "displacement.png": displacement_figure(levels) if moved else None,

@@ -36,7 +36,7 @@ def displacement_figure(levels: Mapping[str, LevelAnalysis]) -> Figure:
                 axes, [None if each is None else each.overall for each in found], place, len(bars), label=label, **look
             )
     _finish(axes, list(levels), "displacement")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(bars), fontsize=8)
     return figure
 
 
@@ -57,8 +57,9 @@ def by_difficulty_figure(signals: Mapping[str, Mapping[str, SignalSummary]], uni
                 means = [summary.by_difficulty[task][group] for summary in levels.values()]
                 _draw_bars(axes, means, place, len(TERCILES), label=group, color=_TERCILE_COLOURS[group])
             _finish(axes, list(levels), unit)
-            axes.set_title(f"{ARROWS.get(name, name)}, by difficulty of {TASKS[task]}", fontsize=9)
-    grid[0][0].legend(fontsize=8)
+            axes.set_title(f"{name}, by difficulty of {TASKS[task]}", fontsize=9)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     return figure
 
 

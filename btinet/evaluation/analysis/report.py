@@ -22,6 +22,8 @@ DEFINITIONS = (
     "Easy, medium, hard: thirds of the images by difficulty; images of equal difficulty stay together.",
     "ρ: Spearman's rank correlation with difficulty, in brackets its 95 % bootstrap interval over images. Of so many "
     "intervals, some miss zero by chance.",
+    "Lines in the pictures: standard error of the mean. Boxes: median and quartiles, whiskers to 1.5 interquartile "
+    "ranges.",
 )
 _Row = tuple[str, str, SignalSummary]  # level, name of the signal, its summary
 
@@ -91,7 +93,9 @@ def _distributions(rows: Sequence[_Row]) -> str:
         (level, name, _mean(s.overall), *(_number(s.quantiles[q]) for q in shown), str(s.overall.n), str(s.undefined))
         for level, name, s in rows
     ]
-    return _table(("level", "signal", "mean ± sd", "5 %", "25 %", "median", "75 %", "95 %", "images", "none"), cells)
+    return _table(
+        ("level", "signal", "mean ± sd", "5 %", "25 %", "median", "75 %", "95 %", "images", "undefined"), cells
+    )
 
 
 def _by_difficulty(rows: Sequence[_Row]) -> str:

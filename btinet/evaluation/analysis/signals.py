@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import rankdata
 
 from btinet.evaluation.segmentation import Distribution, distribution
 
@@ -16,7 +15,7 @@ TERCILES = ("easy", "medium", "hard")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 HISTOGRAM_BINS = 20
 LEAST_IMAGES = 3  # of a correlation; two images always correlate by ±1
-_BLOCK = 1_000_000  # numbers that are ranked at once
+_BLOCK = 1_000_000  # images that are ranked at once, those of several draws together
 
 
 @dataclass(frozen=True)
@@ -142,25 +141,35 @@ def spearman(x: np.ndarray, y: np.ndarray, resamples: int = 2000, seed: int = 0)
     left out.
     """
     both = ~(np.isnan(x) | np.isnan(y))
-    pairs = np.stack((x[both], y[both]))
-    n = pairs.shape[1]
-    rho = float(_rank_correlation(pairs)) if n >= LEAST_IMAGES else math.nan
+    x, y, n = x[both], y[both], int(both.sum())
+    rho = float(_rank_correlation(x, y, np.ones((1, n)))[0]) if n >= LEAST_IMAGES else math.nan
     if math.isnan(rho):
         return Correlation(math.nan, math.nan, math.nan, n)
     generator = np.random.default_rng(seed)
     rows = max(1, _BLOCK // n)
-    drawn = [
-        _rank_correlation(pairs[:, generator.integers(n, size=(min(rows, resamples - start), n))])
-        for start in range(0, resamples, rows)
-    ]
-    low, high = np.nanquantile(np.concatenate(drawn), (0.025, 0.975))
+    rhos = []
+    for start in range(0, resamples, rows):
+        drawn = generator.integers(n, size=(min(rows, resamples - start), n))
+        drawn += n * np.arange(len(drawn))[:, None]  # a bin for each draw and image
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        rhos.append(_rank_correlation(x, y, times))
+    low, high = np.nanquantile(np.concatenate(rhos), (0.025, 0.975))
     return Correlation(rho, float(low), float(high), n)
 
 
-def _rank_correlation(pairs: np.ndarray) -> np.ndarray:
-    """Of ``[2, …, n]`` → ``[…]``; nan where one of the two is constant."""
-    ranks = rankdata(pairs, axis=-1)
-    centred = ranks - ranks.mean(axis=-1, keepdims=True)
-    spread = np.sqrt(np.square(centred).sum(axis=-1).prod(axis=0))
+def _rank_correlation(x: np.ndarray, y: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Of images of which each is there so many ``times``, [R, N] → [R]; nan where one of the two is constant."""
+    middle = (len(x) + 1) / 2
+    of_x, of_y = (_ranks(values, times) - middle for values in (x, y))
+    spread = np.sqrt((times * of_x**2).sum(axis=1) * (times * of_y**2).sum(axis=1))
     with np.errstate(invalid="ignore"):
-        return centred.prod(axis=0).sum(axis=-1) / spread
+        return (times * of_x * of_y).sum(axis=1) / spread
+
+
+def _ranks(values: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Mean rank of each image among all that are there, [R, N]; sorted once, however many R there are."""
+    distinct, group = np.unique(values, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    first = np.searchsorted(group[order], np.arange(len(distinct)))
+    tied = np.add.reduceat(times[:, order], first, axis=1)
+    return (np.cumsum(tied, axis=1) - (tied - 1) / 2)[:, group]
