@@ -17,7 +17,7 @@ from btinet.data import Augmentation, EpochBatches, Sample, SegmentationDataset,
 from btinet.models.network import BTINetConfig
 
 HEIGHT, WIDTH = 500, 600  # as BUSI's images
-IMAGES, BATCH = 128, 8
+IMAGES, BATCH = 256, 8
 WORKERS = (0, 2)
 MODELS = ("btinet_efficientnet_b4", "btinet_resnet18")
 LOADING = f"training images, {WIDTH}x{HEIGHT} PNG → {SIZE}x{SIZE}, augmented, B={BATCH}"

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import nn
 from btinet import UserError, create_model
 from btinet.data import SegmentationDataset, default_preprocessing, read_collection, write_split
 from btinet.evaluation import EvaluateOptions, evaluate_run
-from btinet.evaluation.analysis import AnalyseOptions, Analysis, analyse_run, print_analysis, terciles
+from btinet.evaluation.analysis import AnalyseOptions, Analysis, analyse_run, print_analysis, spearman, terciles
 from btinet.evaluation.analysis.figures import by_difficulty_figure, displacement_figure
 from btinet.evaluation.analysis.report import analysis_markdown
 from btinet.models import save_checkpoint
@@ -143,6 +143,10 @@ def test_summaries_are_those_of_the_table(gated: tuple[Path, Analysis]) -> None:
             assert summary.correlation["seg"].rho == pytest.approx(rho, abs=0.1, nan_ok=True)  # six digits make ties
             checked += 1
     assert checked == 4 * (2 + 3 + 4)
+    gate = analysis.levels["d4"].gates["seg"]
+    assert gate.histogram.edges == pytest.approx(np.linspace(0, 1, 21).tolist())
+    again = spearman(numbers(rows, "gate_seg_d4"), hard["clf"], resamples=200)
+    assert astuple(gate.correlation["clf"]) == pytest.approx(astuple(again))
     for name in ("d1", "d2", "d3", "d4"):
         for stream, direction in (("seg", "clf_to_seg"), ("clf", "seg_to_clf")):
             product = numbers(rows, f"displacement_{direction}_{name}") * numbers(rows, f"gate_{stream}_{name}")
@@ -168,6 +172,9 @@ def test_bars_are_the_means(gated: tuple[Path, Analysis]) -> None:
             gate.by_difficulty[task][group].mean for group in ("easy", "medium", "hard") for gate in gates.values()
         ]
         assert bars == pytest.approx(means, nan_ok=True)
+    level = list(analysis.levels.values())[2].displacement["seg_to_clf"]["before_gate"].overall
+    error = axes.collections[0].get_segments()[2]  # type: ignore[attr-defined]
+    assert np.ptp(error[:, 1]) / 2 == pytest.approx(level.sd / TESTED**0.5)
     assert [text.get_text() for text in panels[1].get_xticklabels()] == ["d1", "d2", "d3", "d4"]
 
 
@@ -181,7 +188,13 @@ def test_document_states_numbers_definitions_and_notes(gated: tuple[Path, Analys
     assert cells[5] == f"{gate.overall.median:.3g}"
     rho = gate.correlation["clf"]
     assert f"{rho.rho:.2f} [{rho.low:.2f}, {rho.high:.2f}]" in text
+    thirds = " | ".join(f"{gate.by_difficulty['clf'][group].mean:.3g}" for group in ("easy", "medium", "hard"))
+    assert f" | {thirds} | {rho.rho:.2f} [" in text
+    means = [gate.by_class[name] for name in ("benign", "malignant", "normal")]
+    classes = " | ".join(f"{values.mean:.3g} ± {values.sd:.3g}" for values in means)
+    assert f"| d2 | clf gate | {classes} |" in text
     assert "4 of 12 images have no lesion" in text
+    assert "Only 8 images have a difficulty of the segmentation" in text
     assert "‖enhanced − base‖₂ / ‖base‖₂" in text
     for name in FIGURES:
         assert f"]({name})" in text
