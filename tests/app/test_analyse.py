@@ -214,15 +214,19 @@ def test_names_of_classes_do_not_break_tables(gated: tuple[Path, Analysis]) -> N
     assert r"| a\|b |" in analysis_markdown(replace(analysis, levels={"d1": only}, classes=("a|b",)), [])
 
 
-def test_printed_table_has_a_line_per_level(gated: tuple[Path, Analysis]) -> None:
+def test_printed_tables_have_a_line_per_level(gated: tuple[Path, Analysis]) -> None:
     _, analysis = gated
     stream = io.StringIO()
-    print_analysis(analysis, Console(file=stream, width=200))
-    lines = [
-        line.split() for line in stream.getvalue().splitlines() if line.strip().startswith(("d1", "d2", "d3", "d4"))
-    ]
-    assert [line[0] for line in lines] == ["d1", "d2", "d3", "d4"]
-    assert lines[0][1] == f"{analysis.levels['d1'].displacement['seg_to_clf']['before_gate'].overall.mean:.3g}"
+    print_analysis(analysis, Console(file=stream, width=80))
+    lines = [line for line in stream.getvalue().splitlines() if line.strip().startswith(tuple(analysis.levels))]
+    assert [line.split()[0] for line in lines] == ["d1", "d2", "d3", "d4"] * 2
+    moved = analysis.levels["d1"].displacement
+    stages = [moved[d][s].overall.mean for d in ("seg_to_clf", "clf_to_seg") for s in ("before_gate", "after_gate")]
+    assert lines[0].split()[1:] == [f"{mean:.3g}" for mean in stages]
+    gate = analysis.levels["d4"].gates["clf"]
+    rho = gate.correlation["clf"]
+    last = [f"{gate.overall.mean:.3g}", f"{rho.rho:.2f}", f"[{rho.low:.2f},", f"{rho.high:.2f}]"]
+    assert lines[7].split()[-4:] == last
     assert analysis.out in stream.getvalue()
 
 

@@ -22,9 +22,8 @@ DEFINITIONS = (
     "Easy, medium, hard: thirds of the images by difficulty; images of equal difficulty stay together.",
     "ρ: Spearman's rank correlation with difficulty, in brackets its 95 % bootstrap interval over images. Of so many "
     "intervals, some miss zero by chance.",
-    "Lines in the pictures: standard error of the mean. Boxes: median and quartiles, whiskers to 1.5 interquartile "
-    "ranges.",
 )
+PICTURES = "Lines: standard error of the mean. Boxes: median and quartiles, whiskers to 1.5 interquartile ranges."
 _Row = tuple[str, str, SignalSummary]  # level, name of the signal, its summary
 
 
@@ -46,29 +45,49 @@ def analysis_markdown(analysis: Analysis, figures: Sequence[str]) -> str:
         if rows:
             parts += [f"## {title}\n", _distributions(rows), _by_difficulty(rows), _by_class(rows, analysis.classes)]
     parts += ["## Definitions\n", _listed(DEFINITIONS)]
-    parts += [f"![{name}]({name})\n" for name in figures]
+    if figures:
+        parts += ["## Pictures\n", f"{PICTURES}\n", *(f"![{name}]({name})\n" for name in figures)]
     return "\n".join(part for part in parts if part)
 
 
 def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
-    """Print a line per decoder level, the notes and the definitions."""
+    """Print the means of each decoder level, the notes and the definitions."""
     console = console or Console()
     console.print(f"[bold]{analysis.images} images[/bold] of split {analysis.split!r}.", highlight=False)
-    table = Table(title="Mean displacement; mean gate, and ρ with its task's difficulty", box=SIMPLE_HEAD)
-    headings = ("level", "seg→clf", "after gate", "clf→seg", "after gate", "seg gate", "ρ", "clf gate", "ρ")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "level" else "right")
-    for name, level in analysis.levels.items():
-        moved = [level.displacement.get(direction, {}).get(stage) for direction in ARROWS for stage in (BEFORE, AFTER)]
-        cells = ["–" if summary is None else _number(summary.overall.mean) for summary in moved]
-        for task in TASKS:
-            gate = level.gates.get(task)
-            cells += ["–"] * 2 if gate is None else [_number(gate.overall.mean), _correlation(gate.correlation[task])]
-        table.add_row(name, *cells)
-    console.print(table)
+    for table in (_displacement_table(analysis), _gate_table(analysis)):
+        if table.row_count:
+            console.print(table)
     for sentence in (*analysis.notes, *DEFINITIONS):
         console.print(f"[dim]{escape(sentence)}[/dim]", highlight=False)
     console.print(f"Written to {escape(analysis.out)}", highlight=False, soft_wrap=True)
+
+
+def _displacement_table(analysis: Analysis) -> Table:
+    table = _level_table("Mean displacement", ("seg→clf", "after gate", "clf→seg", "after gate"))
+    for name, level in analysis.levels.items():
+        moved = [level.displacement.get(direction, {}).get(stage) for direction in ARROWS for stage in (BEFORE, AFTER)]
+        if any(moved):
+            table.add_row(name, *("–" if summary is None else _number(summary.overall.mean) for summary in moved))
+    return table
+
+
+def _gate_table(analysis: Analysis) -> Table:
+    headings = ("seg gate", "ρ, difficulty of seg", "clf gate", "ρ, difficulty of clf")
+    table = _level_table("Mean gate, and its rank correlation with difficulty", headings)
+    for name, level in analysis.levels.items():
+        cells = [
+            (_number(gate.overall.mean), _correlation(gate.correlation[task])) for task, gate in level.gates.items()
+        ]
+        if cells:
+            table.add_row(name, *(cell for pair in cells for cell in pair))
+    return table
+
+
+def _level_table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for heading in ("level", *headings):
+        table.add_column(heading, justify="left" if heading == "level" else "right")
+    return table
 
 
 def _displacements(name: str, level: LevelAnalysis) -> list[_Row]:
