@@ -234,8 +234,9 @@ class BTINet(nn.Module):
     def fuse(self, size: int | tuple[int, int] = 64) -> BTINet:
         """A copy for inference whose BatchNorms are folded into convolutions and linear layers, where that is exact.
 
-        On the CPU its convolutions keep their weights as oneDNN wants them, beside the plain ones. Its outputs are the same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot
-        be trained or saved as a checkpoint.
+        On the CPU its convolutions keep their weights as oneDNN wants them, beside the plain ones. Its outputs are the
+        same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot be trained or saved
+        as a checkpoint.
 
         Args:
             size: height and width of the random image that shows how the network is connected; for encoders that take

@@ -33,7 +33,7 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` → ``[B, C_out, H', W']``."""
         if self.pads_same:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+            x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
         if not self._served(x):
             return self.activation(super().forward(x))
         geometry = list(self.padding), list(self.stride), list(self.dilation), self.groups
@@ -60,14 +60,9 @@ class PackedConv2d(nn.Conv2d):
         version = 0 if weight.is_inference() else weight._version
         wanted = (weight.data_ptr(), version, weight.dtype, x.shape)
         if self._packed is None or self._packed_for != wanted:
-            self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                weight.detach().to_mkldnn(),
-                list(self.padding),  # type: ignore[arg-type]
-                list(self.stride),
-                list(self.dilation),
-                self.groups,
-                list(x.shape),
-            )
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # whose stub lacks the size of the input
+            geometry = list(self.padding), list(self.stride), list(self.dilation), self.groups
+            self._packed = reorder(weight.detach().to_mkldnn(), *geometry, list(x.shape))
             self._packed_for = wanted
         return self._packed
 
