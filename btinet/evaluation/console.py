@@ -11,7 +11,7 @@ from rich.table import Table
 
 from btinet.evaluation.classification import ClassificationScores
 from btinet.evaluation.evaluate import Summary
-from btinet.evaluation.segmentation import MEASURES, SegmentationColumn
+from btinet.evaluation.segmentation import MEASURES, SegmentationColumn, SegmentationSummary
 
 MEASURE_NAMES = {
     "iou": "IoU",
@@ -46,7 +46,12 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         f"[bold]{summary.images} images[/bold] of split {summary.split!r}, scored at {summary.eval_size} size.",
         highlight=False,
     )
-    console.print(_segmentation_table(summary))
+    if summary.images_without_mask < summary.images:
+        console.print(_segmentation_table(summary))
+    if summary.images_without_mask:
+        console.print(f"{summary.images_without_mask} images have no mask and count for the classes only.")
+    if summary.segmentation_by_class:
+        console.print(_mask_class_table(summary.segmentation_by_class))
     if summary.classification is None:
         console.print("No image is labelled: no class scores.")
     else:
@@ -87,6 +92,17 @@ def _segmentation_table(summary: Summary) -> Table:
     rate = number(scores.false_positive_rate)
     of = f"{scores.false_positives} of {scores.images_without_lesion} ({rate})"
     table.add_row("false alarms", "", "", of, "")
+    return table
+
+
+def _mask_class_table(by_class: dict[str, SegmentationSummary]) -> Table:
+    table = Table(title="Mask classes, on the images that show them: mean ± sd (median)", box=SIMPLE_HEAD)
+    for heading in ("", "images", *(MEASURE_NAMES[name] for name in MEASURES)):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, scores in by_class.items():
+        column = scores.lesion_images
+        cells = [_measure_cells(column, measure, 1 if measure == "hd95" else 3)[0] for measure in MEASURES]
+        table.add_row(escape(name), str(column.images), *cells)
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from btinet.data.images import read_image, read_mask
+from btinet.data.images import read_image
+from btinet.data.masks import MaskFormat
 from btinet.data.preprocessing import resize_image, resize_mask
 from btinet.data.samples import Sample
 from btinet.evaluation.classification import ClassificationScores, classification_scores
@@ -59,7 +60,9 @@ class Summary:
         images: number of images evaluated.
         image_size: height and width of the network's input.
         threshold: lesion probability above which a pixel is lesion.
-        segmentation: lesion scores.
+        images_without_mask: images for which nobody drew a mask; they count for the classes only.
+        segmentation: lesion scores; several mask classes together.
+        segmentation_by_class: those of each mask class where there are several.
         classification: class scores; None when no image is labelled.
         baselines: mean IoU of an all-background and an all-foreground answer on the same images, per column.
     """
@@ -74,7 +77,9 @@ class Summary:
     threshold: float
     hd95_empty: str
     precision: str
+    images_without_mask: int
     segmentation: SegmentationSummary
+    segmentation_by_class: dict[str, SegmentationSummary]
     classification: ClassificationScores | None
     baselines: dict[str, dict[str, float]]
 
@@ -86,14 +91,16 @@ class ImageResult:
     Attributes:
         sample: the image.
         size: height and width at which the mask was scored.
-        scores: of the mask.
+        scores: of the mask, its classes taken together; None where nobody drew one.
+        by_class: of each class, where there are several mask classes.
         probabilities: float64 [K], of the classes.
         signals: gates and proxies, see ``signal_columns``.
     """
 
     sample: Sample
     size: tuple[int, int]
-    scores: SegmentationScores
+    scores: SegmentationScores | None
+    by_class: dict[str, SegmentationScores | None]
     probabilities: np.ndarray
     signals: dict[str, float]
 
@@ -111,7 +118,7 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
     """
     predictor = Predictor(load_checkpoint(options.run), options.device, precision=options.precision)
     data = read_run_data(options, predictor.classes)
-    reader = Reader(predictor, options.eval_size, data.mask_threshold)
+    reader = Reader(predictor, options.eval_size, MaskFormat(data.mask_threshold, predictor.mask_classes))
     results = list(evaluate_images(reader, data.samples, options.batch_size, options.hd95_empty))
 
     classes = data.classes
@@ -130,7 +137,12 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
         threshold=predictor.threshold,
         hd95_empty=options.hd95_empty,
         precision=options.precision,
-        segmentation=summarise_segmentation([result.scores for result in results]),
+        images_without_mask=sum(result.scores is None for result in results),
+        segmentation=summarise_segmentation([result.scores for result in results if result.scores]),
+        segmentation_by_class={
+            name: summarise_segmentation([scores for result in results if (scores := result.by_class[name])])
+            for name in results[0].by_class
+        },
         classification=classification_scores(labels, probabilities, classes) if labelled else None,
         baselines=_baselines(results),
     )
@@ -158,16 +170,16 @@ def choose_cases(dice: Sequence[float], per_row: int = CASES_PER_ROW) -> dict[st
 class Reader:
     """Reads samples at the resolution of the scores, and holds the predictor that takes them."""
 
-    def __init__(self, predictor: Predictor, eval_size: str, mask_threshold: int | None) -> None:
+    def __init__(self, predictor: Predictor, eval_size: str, mask_format: MaskFormat) -> None:
         self.predictor = predictor
         self.size = predictor.preprocessing.image_size if eval_size == "model" else None
-        self.mask_threshold = mask_threshold
+        self.mask_format = mask_format
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """Return the image uint8 [H, W, C] and its mask bool [H, W]; raises ``UserError`` when one cannot be used."""
+        """The image uint8 [H, W, C] and its mask as numbers of classes [H, W], all 0 where nobody drew one."""
         image = read_image(sample.image, self.predictor.preprocessing.channels)
         height, width = image.shape[:2]
-        mask = read_mask(sample.masks, height, width, self.mask_threshold)
+        mask = self.mask_format.read(sample.masks or (), height, width)
         if self.size is None:
             return image, mask
         return resize_image(image, self.size), resize_mask(mask, self.size)
@@ -183,54 +195,67 @@ def evaluate_images(
         pairs = [reader.read(sample) for sample in batch]
         predictions = reader.predictor([image for image, _ in pairs])
         for sample, (_, target), prediction in zip(batch, pairs, predictions, strict=True):
-            scores = segmentation_scores(prediction.mask, target, hd95_empty=hd95_empty)
+            names = reader.mask_format.classes
+            pairs_of = {"": (prediction.mask, target > 0)}
+            if len(names) > 1:
+                planes = (reader.mask_format.planes(numbers) for numbers in (prediction.numbers, target))
+                pairs_of |= {name: pair for name, *pair in zip(names, *planes, strict=True)}
+            scores = {
+                name: None if sample.masks is None else segmentation_scores(*pair, hd95_empty=hd95_empty)
+                for name, pair in pairs_of.items()
+            }
             height, width = target.shape
             signals = signal_columns(prediction, reader.predictor.proxy_names)
-            yield ImageResult(sample, (height, width), scores, prediction.class_probabilities, signals)
+            yield ImageResult(sample, (height, width), scores.pop(""), scores, prediction.class_probabilities, signals)
 
 
 def _baselines(results: Sequence[ImageResult]) -> dict[str, dict[str, float]]:
     # Without a lesion, all background is right (IoU 1) and all foreground is wrong (IoU 0).
-    background = [float(result.scores.target_pixels == 0) for result in results]
-    foreground = [result.scores.target_pixels / math.prod(result.size) for result in results]
-    lesion = [result.scores.target_pixels > 0 for result in results]
+    drawn = [(result.scores.target_pixels, math.prod(result.size)) for result in results if result.scores]
+    background = [float(pixels == 0) for pixels, _ in drawn]
+    foreground = [pixels / size for pixels, size in drawn]
+    lesion = [pixels > 0 for pixels, _ in drawn]
     return {
         name: {
             "lesion_images": float(np.mean(np.array(values)[lesion])) if any(lesion) else math.nan,
-            "all_images": float(np.mean(values)),
+            "all_images": float(np.mean(values)) if drawn else math.nan,
         }
         for name, values in (("all_background_iou", background), ("all_foreground_iou", foreground))
     }
 
 
 def _row(result: ImageResult, classes: Sequence[str]) -> dict[str, Any]:
-    scores = result.scores
     height, width = result.size
     return {
         "image": result.sample.id,
         "label": classes[result.sample.label] if result.sample.label >= 0 else "",
         "predicted": classes[int(result.probabilities.argmax())],
         **{f"prob_{name}": value for name, value in zip(classes, result.probabilities.tolist(), strict=True)},
-        "iou": scores.iou,
-        "dice": scores.dice,
-        "sensitivity": scores.sensitivity,
-        "precision": scores.precision,
-        "hd95": scores.hd95,
-        "target_pixels": scores.target_pixels,
-        "predicted_pixels": scores.predicted_pixels,
-        "overlap_pixels": scores.overlap_pixels,
+        **_score_columns(result.scores, ""),
+        **{
+            key: value
+            for name, scores in result.by_class.items()
+            for key, value in _score_columns(scores, name).items()
+        },
         "height": height,
         "width": width,
         **result.signals,
     }
 
 
+def _score_columns(scores: SegmentationScores | None, mask_class: str) -> dict[str, Any]:
+    """Empty cells without a mask."""
+    names = [field.name for field in fields(SegmentationScores)]
+    ending = f"_{mask_class}" if mask_class else ""
+    return {name + ending: getattr(scores, name, None) for name in names}
+
+
 def _write_cases(path: Path, reader: Reader, results: Sequence[ImageResult]) -> None:
-    lesion = [result for result in results if result.scores.target_pixels > 0]
+    lesion = [result for result in results if result.scores and result.scores.target_pixels > 0]
     if not lesion:
         path.unlink(missing_ok=True)
         return
-    chosen = choose_cases([result.scores.dice for result in lesion])
+    chosen = choose_cases([result.scores.dice for result in lesion if result.scores])
     rows: Mapping[str, list[Case]] = {
         name: [_case(reader, lesion[index]) for index in indices] for name, indices in chosen.items()
     }
@@ -243,5 +268,6 @@ def _case(reader: Reader, result: ImageResult) -> Case:
     classes, label = reader.predictor.classes, result.sample.label
     truth = classes[label] if label >= 0 else "not labelled"
     predicted = classes[int(prediction.class_probabilities.argmax())]
+    assert result.scores is not None
     title = (result.sample.id, f"Dice {result.scores.dice:.3f}", f"{truth} → {predicted}")
-    return Case(image, target, prediction.mask, title)
+    return Case(image, target > 0, prediction.mask, title)

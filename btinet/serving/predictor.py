@@ -23,8 +23,9 @@ class Prediction:
     """What the model says about one image.
 
     Attributes:
-        mask: bool [H, W] at the image's own size, True where ``lesion_probability`` exceeds the threshold.
-        lesion_probability: float32 [H, W].
+        numbers: uint8 [H, W] at the image's own size: the most probable mask class, from 1, where its probability
+            exceeds the threshold, else 0.
+        lesion_probability: float32 [H, W], of the most probable mask class.
         class_probabilities: float64 [K], sums to 1, in the order of the checkpoint's classes.
         gates: per decoder level, the segmentation gate and the classification gate; empty for a model without
             gates.
@@ -32,11 +33,16 @@ class Prediction:
             ``Checkpoint.proxy_names``.
     """
 
-    mask: np.ndarray
+    numbers: np.ndarray
     lesion_probability: np.ndarray
     class_probabilities: np.ndarray
     gates: dict[str, tuple[float, float]]
     proxies: dict[str, tuple[float, ...]]
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Bool [H, W]: the pixels of any mask class."""
+        return self.numbers > 0
 
 
 class Predictor:
@@ -68,6 +74,7 @@ class Predictor:
         if not 0 < threshold < 1:
             raise UserError(f"threshold {threshold}: expected a number between 0 and 1, for example 0.5.")
         self.classes = checkpoint.classes
+        self.mask_classes = checkpoint.mask_classes
         self.proxy_names = checkpoint.proxy_names
         self.preprocessing = checkpoint.preprocessing
         self.threshold = threshold
@@ -106,12 +113,12 @@ class Predictor:
         predictions = []
         for index, image in enumerate(images):
             logits = output.seg_logits[index : index + 1].float()
-            native = interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-            probability = native.sigmoid().cpu().numpy()
+            native = interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)[0]
+            highest, channel = native.sigmoid().max(0)
             predictions.append(
                 Prediction(
-                    mask=probability > self.threshold,
-                    lesion_probability=probability,
+                    numbers=torch.where(highest > self.threshold, channel + 1, 0).to(torch.uint8).cpu().numpy(),
+                    lesion_probability=highest.cpu().numpy(),
                     class_probabilities=class_probabilities[index],
                     gates={level: (float(v[index, 0]), float(v[index, 1])) for level, v in gates.items()},
                     proxies={level: tuple(v[index].tolist()) for level, v in proxies.items()},

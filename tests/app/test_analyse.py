@@ -193,7 +193,7 @@ def test_document_states_numbers_definitions_and_notes(gated: tuple[Path, Analys
     means = [gate.by_class[name] for name in ("benign", "malignant", "normal")]
     classes = " | ".join(f"{values.mean:.3g} ± {values.sd:.3g}" for values in means)
     assert f"| d2 | clf gate | {classes} |" in text
-    assert "4 of 12 images have no lesion" in text
+    assert "4 of 12 images have no lesion or no mask" in text
     assert "Only 8 images have a difficulty of the segmentation" in text
     assert "‖enhanced − base‖₂ / ‖base‖₂" in text
     for name in FIGURES:

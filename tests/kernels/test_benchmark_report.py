@@ -148,7 +148,14 @@ def test_loading_is_reported_in_images_per_second(tmp_path: Path) -> None:
         "name": "net, training step",
         "images": 8,
     }
-    machine = {"cpu": "Abacus", "cores": 2, "torch": "2.15.0", "allocator": "glibc", "date": "2026-01-02"}
+    machine = {
+        "slug": "abacus",
+        "cpu": "Abacus",
+        "cores": 2,
+        "torch": "2.15.0",
+        "allocator": "glibc",
+        "date": "2026-01-02",
+    }
     (tmp_path / "abacus").mkdir()
     (tmp_path / "abacus" / "loading.json").write_text(json.dumps({"machine": machine, "cases": [loaded, step]}))
     text = report_modules.network_report(tmp_path)

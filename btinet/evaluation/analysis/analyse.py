@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from btinet.data.masks import MaskFormat
 from btinet.errors import UserError
 from btinet.evaluation.analysis.displacement import DIRECTIONS, column, interactions, recorded_displacements
 from btinet.evaluation.analysis.figures import ARROWS, TASKS, by_difficulty_figure, displacement_figure
@@ -30,7 +31,7 @@ from btinet.serving.report_figures import GateTable, gate_boxes_figure
 LEAST_RESAMPLES = 100
 FEW_IMAGES = 30  # below, intervals by the bootstrap are too narrow
 DIFFICULTIES = {
-    "seg": "1 − IoU of the predicted mask at the image's own size; images without a lesion have none",
+    "seg": "1 − IoU of the predicted mask at the image's own size; images without a lesion or a mask have none",
     "clf": "1 − probability of the predicted class",
 }
 _MISSING: dict[Interaction, str] = {
@@ -69,7 +70,7 @@ def analyse_run(options: AnalyseOptions) -> Analysis:
     """
     predictor = Predictor(load_checkpoint(options.run), options.device)
     data = read_run_data(options, predictor.classes)
-    reader = Reader(predictor, "native", data.mask_threshold)
+    reader = Reader(predictor, "native", MaskFormat(data.mask_threshold, predictor.mask_classes))
     with recorded_displacements(predictor.model) as displacements:
         results = list(evaluate_images(reader, data.samples, options.batch_size))
 
@@ -106,7 +107,7 @@ def analyse_run(options: AnalyseOptions) -> Analysis:
 
 
 def _images(results: Sequence[ImageResult], classes: Sequence[str]) -> Images:
-    seg = [1 - result.scores.iou if result.scores.target_pixels else math.nan for result in results]
+    seg = [1 - r.scores.iou if r.scores is not None and r.scores.target_pixels else math.nan for r in results]
     clf = [1 - float(result.probabilities.max()) for result in results]
     labels = [classes[result.sample.label] if result.sample.label >= 0 else None for result in results]
     return Images(labels, classes, {"seg": np.array(seg), "clf": np.array(clf)})
@@ -154,7 +155,8 @@ def _notes(levels: Mapping[str, LevelAnalysis], config: BTINetConfig, images: Im
         notes.append("The gates compare the images of a batch with each other: another batch size gives other gates.")
     without = int(np.isnan(images.difficulty["seg"]).sum())
     if without:
-        notes.append(f"{without} of {len(images.labels)} images have no lesion, so no difficulty of the segmentation.")
+        of = f"{without} of {len(images.labels)}"
+        notes.append(f"{of} images have no lesion or no mask, so no difficulty of the segmentation.")
     for task, values in images.difficulty.items():
         n = int((~np.isnan(values)).sum())
         if n < FEW_IMAGES:
@@ -189,8 +191,8 @@ def _row(position: int, result: ImageResult, images: Images, columns: Mapping[st
         "image": result.sample.id,
         "label": images.labels[position] or "",
         "predicted": images.classes[int(result.probabilities.argmax())],
-        "iou": result.scores.iou,
-        "target_pixels": result.scores.target_pixels,
+        "iou": None if result.scores is None else result.scores.iou,
+        "target_pixels": None if result.scores is None else result.scores.target_pixels,
     }
     for task in STREAMS:
         row[f"difficulty_{task}"] = float(images.difficulty[task][position])
