@@ -303,3 +303,27 @@ def test_split_and_data_are_found_as_in_the_evaluation(
 def test_options_that_make_no_sense(change: dict[str, int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         AnalyseOptions(Path("run"), **change)  # type: ignore[arg-type]
+
+
+def test_images_without_a_mask_or_a_class_are_analysed(
+    make_run: MakeRun, shared_ultrasound: Path, tmp_path: Path
+) -> None:
+    lines = ["image,mask,label"]
+    for name, mask, label in (
+        ("benign (1)", "?", "benign"),
+        ("benign (2)", "benign (2)_mask.png", ""),
+        ("benign (3)", "", "benign"),
+    ):
+        of_mask = mask if mask in ("", "?") else shared_ultrasound / "benign" / mask
+        lines.append(f"{shared_ultrasound / 'benign' / f'{name}.png'},{of_mask},{label}")
+    table = tmp_path / "data.csv"
+    table.write_text("\n".join(lines) + "\n")
+    run = make_run()
+    analysis = analyse_run(AnalyseOptions(run, data=table, dataset="csv", split="all", bootstrap=100))
+    rows = read_rows(run / "analysis-all" / "images.csv")
+    assert [row["iou"] == "" for row in rows] == [True, False, False]
+    assert [row["difficulty_seg"] == "" for row in rows] == [True, False, True]
+    assert [row["label"] for row in rows] == ["benign", "", "benign"]
+    gate = analysis.levels["d1"].gates["seg"]
+    assert (gate.overall.n, gate.by_class["benign"].n, gate.correlation["seg"].n) == (3, 2, 1)
+    assert "2 of 3 images have no lesion or no mask" in " ".join(analysis.notes)
