@@ -82,9 +82,10 @@ class Summary:
         images: number of images evaluated.
         image_size: height and width of the network's input.
         threshold: lesion probability above which a pixel is lesion.
-        segmentation: lesion scores.
-        classification: class scores; None when no image is labelled.
-        baselines: mean IoU of an all-background and an all-foreground answer on the same images, per column.
+        segmentation: lesion scores; None of a network that only classifies.
+        classification: class scores; None when no image is labelled and of a network that only segments.
+        baselines: mean IoU of an all-background and an all-foreground answer on the same images, per column; empty
+            where ``segmentation`` is None.
     """
 
     run: str
@@ -97,7 +98,7 @@ class Summary:
     threshold: float
     hd95_empty: str
     precision: str
-    segmentation: SegmentationSummary
+    segmentation: SegmentationSummary | None
     classification: ClassificationScores | None
     baselines: dict[str, dict[str, float]]
 
@@ -106,8 +107,8 @@ class Summary:
 class _Result:
     sample: Sample
     size: tuple[int, int]
-    scores: SegmentationScores
-    probabilities: np.ndarray
+    scores: SegmentationScores | None  # of a network that only classifies
+    probabilities: np.ndarray  # empty of a network that only segments
     signals: dict[str, float]
 
 
@@ -116,7 +117,8 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
     ``confusion_matrix.png``.
 
     ``cases.png`` shows the best, median and worst lesion images by Dice and is left out when no image has a
-    lesion; ``confusion_matrix.png`` is left out when no image is labelled.
+    lesion; ``confusion_matrix.png`` is left out when no image is labelled. Of a network for one task, only that is
+    scored.
 
     Raises:
         UserError: the run, its data or its split cannot be read or do not belong together, the split is
@@ -135,7 +137,8 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
     classes = collection.classes
     labels = [result.sample.label for result in results]
     probabilities = np.stack([result.probabilities for result in results])
-    labelled = any(label >= 0 for label in labels)
+    labelled = probabilities.size > 0 and any(label >= 0 for label in labels)
+    segmentations = [result.scores for result in results if result.scores is not None]
     out = options.out or folder / f"evaluation-{options.split}"
     summary = Summary(
         run=str(folder),
@@ -148,7 +151,7 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
         threshold=predictor.threshold,
         hd95_empty=options.hd95_empty,
         precision=options.precision,
-        segmentation=summarise_segmentation([result.scores for result in results]),
+        segmentation=summarise_segmentation(segmentations) if segmentations else None,
         classification=classification_scores(labels, probabilities, classes) if labelled else None,
         baselines=_baselines(results),
     )
@@ -197,7 +200,9 @@ def _evaluate(reader: _Reader, samples: Sequence[Sample], batch_size: int, hd95_
         pairs = [reader.read(sample) for sample in batch]
         predictions = reader.predictor([image for image, _ in pairs])
         for sample, (_, target), prediction in zip(batch, pairs, predictions, strict=True):
-            scores = segmentation_scores(prediction.mask, target, hd95_empty=hd95_empty)
+            scores = None
+            if prediction.mask is not None:
+                scores = segmentation_scores(prediction.mask, target, hd95_empty=hd95_empty)
             height, width = target.shape
             signals = signal_columns(prediction, reader.predictor.proxy_names)
             yield _Result(sample, (height, width), scores, prediction.class_probabilities, signals)
@@ -244,9 +249,12 @@ def _chosen_samples(split: str, folder: Path, collection: Collection) -> list[Sa
 
 def _baselines(results: Sequence[_Result]) -> dict[str, dict[str, float]]:
     # Without a lesion, all background is right (IoU 1) and all foreground is wrong (IoU 0).
-    background = [float(result.scores.target_pixels == 0) for result in results]
-    foreground = [result.scores.target_pixels / math.prod(result.size) for result in results]
-    lesion = [result.scores.target_pixels > 0 for result in results]
+    targets = [(result.scores.target_pixels, result.size) for result in results if result.scores is not None]
+    if not targets:
+        return {}
+    background = [float(pixels == 0) for pixels, _ in targets]
+    foreground = [pixels / math.prod(size) for pixels, size in targets]
+    lesion = [pixels > 0 for pixels, _ in targets]
     return {
         name: {
             "lesion_images": float(np.mean(np.array(values)[lesion])) if any(lesion) else math.nan,
@@ -259,42 +267,37 @@ def _baselines(results: Sequence[_Result]) -> dict[str, dict[str, float]]:
 def _row(result: _Result, classes: Sequence[str]) -> dict[str, Any]:
     scores = result.scores
     height, width = result.size
-    return {
+    row: dict[str, Any] = {
         "image": result.sample.id,
         "label": classes[result.sample.label] if result.sample.label >= 0 else "",
-        "predicted": classes[int(result.probabilities.argmax())],
-        **{f"prob_{name}": value for name, value in zip(classes, result.probabilities.tolist(), strict=True)},
-        "iou": scores.iou,
-        "dice": scores.dice,
-        "sensitivity": scores.sensitivity,
-        "precision": scores.precision,
-        "hd95": scores.hd95,
-        "target_pixels": scores.target_pixels,
-        "predicted_pixels": scores.predicted_pixels,
-        "overlap_pixels": scores.overlap_pixels,
-        "height": height,
-        "width": width,
-        **result.signals,
     }
+    if result.probabilities.size:
+        row["predicted"] = classes[int(result.probabilities.argmax())]
+        row |= {f"prob_{name}": value for name, value in zip(classes, result.probabilities.tolist(), strict=True)}
+    if scores is not None:
+        row |= asdict(scores)
+    return row | {"height": height, "width": width, **result.signals}
 
 
 def _write_cases(path: Path, reader: _Reader, results: Sequence[_Result]) -> None:
-    lesion = [result for result in results if result.scores.target_pixels > 0]
+    lesion = [(r, r.scores.dice) for r in results if r.scores is not None and r.scores.target_pixels > 0]
     if not lesion:
         path.unlink(missing_ok=True)
         return
-    chosen = choose_cases([result.scores.dice for result in lesion])
+    chosen = choose_cases([dice for _, dice in lesion])
     rows: Mapping[str, list[Case]] = {
-        name: [_case(reader, lesion[index]) for index in indices] for name, indices in chosen.items()
+        name: [_case(reader, *lesion[index]) for index in indices] for name, indices in chosen.items()
     }
     save_figure(cases_figure(rows), path)
 
 
-def _case(reader: _Reader, result: _Result) -> Case:
+def _case(reader: _Reader, result: _Result, dice: float) -> Case:
     image, target = reader.read(result.sample)
     (prediction,) = reader.predictor([image])
+    assert prediction.mask is not None
     classes, label = reader.predictor.classes, result.sample.label
     truth = classes[label] if label >= 0 else "not labelled"
-    predicted = classes[int(prediction.class_probabilities.argmax())]
-    title = (result.sample.id, f"Dice {result.scores.dice:.3f}", f"{truth} → {predicted}")
+    if prediction.class_probabilities.size:
+        truth += f" → {classes[int(prediction.class_probabilities.argmax())]}"
+    title = (result.sample.id, f"Dice {dice:.3f}", truth)
     return Case(image, target, prediction.mask, title)

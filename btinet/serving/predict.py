@@ -59,6 +59,7 @@ def predict_files(options: PredictOptions) -> list[dict[str, Any]]:
     ``predictions.csv`` and ``predictions.json`` with one row per image. NAME is the image's path below the
     deepest folder that holds all inputs, so that equal names in different folders never meet. Every input is
     decoded once before anything is written: a bad file stops the command with nothing written.
+    A network for one task gives what belongs to that task.
 
     Returns:
         The rows: image, predicted, prob_CLASS..., lesion_area_pixels, lesion_area_fraction, gates and
@@ -88,8 +89,9 @@ def predict_files(options: PredictOptions) -> list[dict[str, Any]]:
         paths = images[start : start + options.batch_size]
         pixels = [read_image(path, channels) for path in paths]
         for path, image, prediction in zip(paths, pixels, predictor(pixels), strict=True):
-            _write_png(options.out / "masks" / names[path], prediction.mask.astype(np.uint8) * 255)
-            _write_png(options.out / "overlays" / names[path], draw_overlay(image, prediction.mask))
+            if prediction.mask is not None:
+                _write_png(options.out / "masks" / names[path], prediction.mask.astype(np.uint8) * 255)
+                _write_png(options.out / "overlays" / names[path], draw_overlay(image, prediction.mask))
             rows.append(_row(path, prediction, predictor))
     write_csv(options.out / "predictions.csv", rows, list(rows[0]))
     write_json(options.out / "predictions.json", rows)
@@ -176,12 +178,11 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
 
 def _row(path: Path, prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
     classes, probabilities = predictor.classes, prediction.class_probabilities.tolist()
-    area = int(prediction.mask.sum())
-    return {
-        "image": path.as_posix(),
-        "predicted": classes[int(prediction.class_probabilities.argmax())],
-        **{f"prob_{name}": value for name, value in zip(classes, probabilities, strict=True)},
-        "lesion_area_pixels": area,
-        "lesion_area_fraction": area / prediction.mask.size,
-        **signal_columns(prediction, predictor.proxy_names),
-    }
+    row: dict[str, Any] = {"image": path.as_posix()}
+    if probabilities:
+        row["predicted"] = classes[int(prediction.class_probabilities.argmax())]
+        row |= {f"prob_{name}": value for name, value in zip(classes, probabilities, strict=True)}
+    if prediction.mask is not None:
+        area = int(prediction.mask.sum())
+        row |= {"lesion_area_pixels": area, "lesion_area_fraction": area / prediction.mask.size}
+    return row | signal_columns(prediction, predictor.proxy_names)

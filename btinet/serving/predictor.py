@@ -24,16 +24,18 @@ class Prediction:
 
     Attributes:
         mask: bool [H, W] at the image's own size, True where ``lesion_probability`` exceeds the threshold.
-        lesion_probability: float32 [H, W].
+            None for a model that only classifies.
+        lesion_probability: float32 [H, W], or None likewise.
         class_probabilities: float64 [K], sums to 1, in the order of the checkpoint's classes.
+            Empty for a model that only segments.
         gates: per decoder level, the segmentation gate and the classification gate; empty for a model without
             gates.
         proxies: per decoder level, the signals that feed the gates, in the order of
             ``Checkpoint.proxy_names``.
     """
 
-    mask: np.ndarray
-    lesion_probability: np.ndarray
+    mask: np.ndarray | None
+    lesion_probability: np.ndarray | None
     class_probabilities: np.ndarray
     gates: dict[str, tuple[float, float]]
     proxies: dict[str, tuple[float, ...]]
@@ -105,12 +107,14 @@ class Predictor:
         proxies = {level: value.float().cpu() for level, value in output.proxies.items()}
         predictions = []
         for index, image in enumerate(images):
-            logits = output.seg_logits[index : index + 1].float()
-            native = interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-            probability = native.sigmoid().cpu().numpy()
+            probability = None
+            if output.seg_logits.shape[1]:
+                logits = output.seg_logits[index : index + 1].float()
+                native = interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+                probability = native.sigmoid().cpu().numpy()
             predictions.append(
                 Prediction(
-                    mask=probability > self.threshold,
+                    mask=None if probability is None else probability > self.threshold,
                     lesion_probability=probability,
                     class_probabilities=class_probabilities[index],
                     gates={level: (float(v[index, 0]), float(v[index, 1])) for level, v in gates.items()},

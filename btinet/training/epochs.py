@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 from btinet.data import EpochBatches
 from btinet.errors import UserError
 from btinet.models import BTINetOutput
+from btinet.models.network import Tasks
 from btinet.training.averaging import WeightAverage
 from btinet.training.engine import reduced
 from btinet.training.options import Recipe
 
-IOU_SHARE = 0.7  # of the score that selects the model; the rest is accuracy
+IOU_SHARE = 0.7  # of the score that selects a model of both tasks; the rest is accuracy
 CLIP_NORM = 1.0
 
 Batch = dict[str, Tensor]
@@ -86,8 +87,10 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def validate(fabric: Fabric, module: nn.Module, loaders: Loaders, loss_of: Loss, recipe: Recipe) -> dict[str, Any]:
-    """Losses and scores over the images of all processes."""
+def validate(
+    fabric: Fabric, module: nn.Module, loaders: Loaders, loss_of: Loss, recipe: Recipe, tasks: Tasks = "both"
+) -> dict[str, Any]:
+    """Losses and the scores of the network's tasks over the images of all processes."""
     module.eval()
     loss = images = ious = lesions = hits = labelled = 0.0
     overlap = np.zeros((2, 2))  # Keras's MeanIoU: rows background, foreground; columns intersection, union
@@ -96,27 +99,30 @@ def validate(fabric: Fabric, module: nn.Module, loaders: Loaders, loss_of: Loss,
         size = len(batch["label"])
         loss += loss_of(output, batch).item() * size
         images += size
-        mask = batch["mask"] > 0.5
-        of_lesions = _foreground_ious(output.seg_logits > 0, mask)
-        ious += sum(of_lesions)
-        lesions += len(of_lesions)
-        known = batch["label"] >= 0
-        hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
-        labelled += known.sum().item()
-        overlap += _keras_overlap(torch.sigmoid(output.seg_logits.float()), mask)
+        if tasks != "classification":
+            mask = batch["mask"] > 0.5
+            of_lesions = _foreground_ious(output.seg_logits > 0, mask)
+            ious += sum(of_lesions)
+            lesions += len(of_lesions)
+            overlap += _keras_overlap(torch.sigmoid(output.seg_logits.float()), mask)
+        if tasks != "segmentation":
+            known = batch["label"] >= 0
+            hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
+            labelled += known.sum().item()
     sums = torch.tensor([loss, images, ious, lesions, hits, labelled, *overlap.flatten()], dtype=torch.float64)
     loss, images, ious, lesions, hits, labelled, *rest = reduced(fabric, sums, "sum").tolist()
     overlap = np.array(rest).reshape(2, 2)
-    iou = ious / lesions
-    truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
-    monitored = truncated if recipe.monitor == "keras_truncated" else iou
-    accuracy = hits / labelled if labelled else 0.0
-    return {
-        "val_loss": loss / images,
-        "val_iou": iou,
-        "val_accuracy": accuracy,
-        "val_score": IOU_SHARE * monitored + (1 - IOU_SHARE) * accuracy,
-    }
+    measured = {"val_loss": loss / images}
+    monitored = accuracy = 0.0
+    if tasks != "classification":
+        measured["val_iou"] = iou = ious / lesions
+        truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
+        monitored = truncated if recipe.monitor == "keras_truncated" else iou
+    if tasks != "segmentation":
+        measured["val_accuracy"] = accuracy = hits / labelled if labelled else 0.0
+    share = {"both": IOU_SHARE, "segmentation": 1.0, "classification": 0.0}[tasks]
+    measured["val_score"] = share * monitored + (1 - share) * accuracy
+    return measured
 
 
 def average_statistics(fabric: Fabric, network: nn.Module, average: WeightAverage | None) -> None:

@@ -64,13 +64,17 @@ class Stage:
 
 
 def train_network(session: Session) -> None:
-    """Stage 1: the whole network on both tasks; leaves the best weights in the network."""
+    """Stage 1: the whole network on its tasks; leaves the best weights in the network."""
     options, recipe = session.options, session.recipe
 
     def loss_of(epoch: int) -> Loss:
         seg_weight, clf_weight = _weights(recipe, epoch)
 
         def loss(output: BTINetOutput, batch: Batch) -> Tensor:
+            if options.tasks == "segmentation":
+                return segmentation_loss(output.seg_logits, batch["mask"], session.losses)
+            if options.tasks == "classification":
+                return classification_loss(output.cls_logits, batch["label"], session.losses)
             seg = segmentation_loss(output.seg_logits, batch["mask"], session.losses)
             return seg_weight * seg + clf_weight * classification_loss(
                 output.cls_logits, batch["label"], session.losses
@@ -166,7 +170,7 @@ class _StageRun:
         train_loss = self._train(module, optimizer, loss, title)
         self.epoch += 1
         with nullcontext() if self.average is None else self.average.applied():
-            measured = validate(session.fabric, module, session.loaders, loss, session.recipe)
+            measured = validate(session.fabric, module, session.loaders, loss, session.recipe, session.options.tasks)
             row = {"stage": stage.number, "epoch": self.epoch, "train_loss": train_loss, **measured}
             row |= {"learning_rate": rate, "seconds": round(time.perf_counter() - started, 2)}
             stage.schedule.observe(row["val_score"])
@@ -177,9 +181,11 @@ class _StageRun:
         if self.ended is None and (self.epoch >= stage.epochs or stage.stopping.exhausted):
             self.ended = self.epoch
         session.writer.epoch(self._state(), better, last=self.is_over())
+        scores = (("IoU", "val_iou"), ("accuracy", "val_accuracy"))
+        known = "".join(f"{name} {row[key]:.4f}  " for name, key in scores if key in row)
         session.console.print(
-            f"{title}  loss {train_loss:.4f}  val loss {row['val_loss']:.4f}  IoU {row['val_iou']:.4f}  "
-            f"accuracy {row['val_accuracy']:.4f}  {row['seconds']:.0f} s" + ("  [bold]best[/bold]" if better else "")
+            f"{title}  loss {train_loss:.4f}  val loss {row['val_loss']:.4f}  {known}{row['seconds']:.0f} s"
+            + ("  [bold]best[/bold]" if better else "")
         )
         if self.ended == self.epoch < stage.epochs:
             session.console.print(

@@ -54,7 +54,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
     Raises:
         UserError: unusable options, data or weights, a diverging loss, or a folder that cannot be written.
     """
-    _check(options)
+    check_options(options)
     run_folder.claim(Path(options.out))
     return _run(options, _console(console))
 
@@ -75,7 +75,7 @@ def resume(folder: Path, extend_epochs: int = 0, console: Console | None = None)
     if extend_epochs < 0:
         raise UserError(f"--extend-epochs {extend_epochs}: must be at least 0.")
     options = replace(options, extend_epochs=options.extend_epochs + extend_epochs)
-    _check(options)
+    check_options(options)
     state = read_state(folder, extending=extend_epochs > 0)
     console = _console(console)
     if state is not None and _is_finished(folder, state, options):
@@ -132,7 +132,7 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
     val_set = SegmentationDataset(
         parts["val"], preprocessing, mask_threshold=options.mask_threshold, memory_share=memory_share
     )
-    if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
+    if options.tasks != "classification" and not any(val_set[i]["mask"].any() for i in range(len(val_set))):
         raise UserError(
             f"{options.data}: no validation image shows a lesion at {size[0]}×{size[1]}, so no model can be selected "
             "by IoU; use another --seed or --split."
@@ -222,7 +222,8 @@ def _is_finished(folder: Path, state: RunState, options: TrainOptions) -> bool:
     return state.stage == last_stage and over and run_folder.count_metrics(folder) == len(state.rows)
 
 
-def _check(options: TrainOptions) -> None:
+def check_options(options: TrainOptions) -> None:
+    """Raise ``UserError`` for options that are unusable whatever the data."""
     smallest = {
         "epochs": 1,
         "stage2_epochs": 0,
@@ -247,6 +248,7 @@ def _check(options: TrainOptions) -> None:
     if options.tensorboard:
         require_tensorboard()
     engine.precision_of(options)
+    _recipe(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
 
@@ -293,6 +295,9 @@ def _network(options: TrainOptions, recipe: Recipe, num_classes: int, load_weigh
         interaction=choices[0] if len(choices) == 1 else choices,
         signals=options.signals,
         pool=options.pool,
+        multi_scale=options.multi_scale,
+        directions=options.directions,
+        tasks=options.tasks,
     )
     for layer in network.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
