@@ -72,7 +72,22 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass# What `btinet ablate` chooses for each of its runs.
+CHOSEN_BY_ABLATE = (
+    "out",
+    "seed",
+    "fold",
+    "extend_epochs",
+    "interaction",
+    "signals",
+    "pool",
+    "multi_scale",
+    "directions",
+    "tasks",
+)
+
+
+(frozen=True)
 class TrainOptions:
     """Options of ``btinet train``."""
 

@@ -270,15 +270,19 @@ def _losses(recipe: Recipe) -> LossOptions:
     )
 
 
+def find_groups(options: TrainOptions, collection: Collection) -> tuple[dict[str, str], dict[str, str]]:
+    """The groups that a split respects, and the near-duplicates where they were searched for: sample id → group."""
+    if options.groups is not None:
+        return read_groups(Path(options.groups)), {}
+    if options.split is not None or options.manifest is not None:  # both say which images belong together
+        return {}, {}
+    found = near_duplicate_groups(collection.samples)
+    return without_prescribed(collection.samples, found), found
+
+
 def _split(options: TrainOptions, collection: Collection) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """The split, the groups it respects, and the near-duplicates where they were searched for."""
-    groups: dict[str, str] = {}
-    found: dict[str, str] = {}
-    if options.groups is not None:
-        groups = read_groups(Path(options.groups))
-    elif options.split is None and options.manifest is None:  # both say which images belong together
-        found = near_duplicate_groups(collection.samples)
-        groups = without_prescribed(collection.samples, found)
+    groups, found = find_groups(options, collection)
     if options.split is not None:
         return read_split(Path(options.split), collection, options.fold), groups, found
     return split_collection(collection, groups, seed=options.seed), groups, found
