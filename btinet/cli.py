@@ -273,7 +273,10 @@ def _ablate_parser() -> ArgumentParser:
         "--out", type=Path | None, default=None, help="Folder of the ablation, new or with runs of it to continue."
     )
     parser.add_argument(
-        "--variants", type=str | None, default=None, help="Names of variants, separated by commas; see docs/ablation.md."
+        "--variants",
+        type=str | None,
+        default=None,
+        help="Names of variants, separated by commas; see docs/ablation.md.",
     )
     parser.add_argument(
         "--table",

@@ -15,9 +15,7 @@ DRAWN = ("iou", "accuracy")
 _MEAN_COLOUR, _RUN_COLOUR = "#0072b2", "#999999"
 
 
-def ablation_figure(
-    results: Sequence[RunScores], summary: Mapping[str, VariantResult], reference: str
-) -> Figure:
+def ablation_figure(results: Sequence[RunScores], summary: Mapping[str, VariantResult], reference: str) -> Figure:
     """Return a row of axes per score: its runs with mean ± sd on the left, differences with intervals on the right."""
     figure = Figure(figsize=(10, 2 * (1.2 + 0.3 * len(summary))), layout="constrained")
     grid = figure.subplots(len(DRAWN), 2, sharey=True)

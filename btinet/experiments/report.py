@@ -69,9 +69,9 @@ def definitions(reference: str) -> list[str]:
         "Scores are of the test part: IoU and Dice of the lesion per image at its own size, averaged over the images "
         "with a lesion; mean ± sd over the runs (seeds and folds), sd with divisor n-1.",
         f"Δ is the difference from {reference}, averaged over the images that both were tested on in runs of the same "
-        f"seed and fold, with its {LEVEL} % interval: {RESAMPLES} paired bootstrap resamples of the images, those of one "
-        "group (patient, lesion, near-duplicates) together. It covers the choice of images, not that of seeds, and is "
-        "not corrected for the number of comparisons.",
+        f"seed and fold, with its {LEVEL} % interval: {RESAMPLES} paired bootstrap resamples of the images, those of "
+        "one group (patient, lesion, near-duplicates) together. It covers the choice of images, not that of seeds, and "
+        "is not corrected for the number of comparisons.",
         f"Δm is the mean over the tasks of (multi − single) / single, with IoU against the variant {segmentation} and "
         f"accuracy against {classification}, of the means over the runs that all three share.",
     ]

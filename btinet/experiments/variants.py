@@ -44,7 +44,6 @@ class Variant:
         return ", ".join(parts) or "none"
 
 
-
 def all_variants(levels: int) -> dict[str, Variant]:
     """Every variant by name, in the order of the tables, of a network with so many decoder levels."""
     variants = {
@@ -70,7 +69,7 @@ def all_variants(levels: int) -> dict[str, Variant]:
 
 
 def choose_variants(names: str | None, table: str | None, levels: int) -> dict[str, Variant]:
-    """The variants named in ``names``, separated by commas, or those of the table ``"paper"`` (the default) or ``"all"``.
+    """The variants named in ``names``, separated by commas, or those of the table ``"all"`` or ``"paper"`` (default).
 
     Raises:
         UserError: both are given, or a name that is unknown or given twice.

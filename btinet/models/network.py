@@ -76,8 +76,8 @@ class BTINetConfig:
         clf_channels: width of the vector stream.
         dropout: probability, after each decoder block and before the last classification layer.
         multi_scale: whether residual blocks have multi-scale context fusion.
-        directions: ``"both"``; or ``"seg_to_clf"`` or ``"clf_to_seg"``: the interaction changes the second stream alone,
-            the first leaves the level as it came. Gates see what either change would have been.
+        directions: ``"both"``; or ``"seg_to_clf"`` or ``"clf_to_seg"``: the interaction changes the second stream
+            alone, the first leaves the level as it came. Gates see what either change would have been.
         tasks: ``"both"``; or ``"segmentation"`` or ``"classification"``: a network without the other's layers, and so
             without interaction.
     """

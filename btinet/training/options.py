@@ -72,7 +72,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-@dataclass# What `btinet ablate` chooses for each of its runs.
+# What `btinet ablate` chooses for each of its runs.
 CHOSEN_BY_ABLATE = (
     "out",
     "seed",
@@ -87,7 +87,7 @@ CHOSEN_BY_ABLATE = (
 )
 
 
-(frozen=True)
+@dataclass(frozen=True)
 class TrainOptions:
     """Options of ``btinet train``."""
 

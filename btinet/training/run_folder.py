@@ -67,7 +67,8 @@ def remove_temporaries(folder: Path) -> None:
 def with_absolute_paths(options: TrainOptions) -> TrainOptions:
     """The same options with absolute paths of the data."""
     given = {name: getattr(options, name) for name in _DATA_PATHS}
-    return replace(options, **{name: str(Path(path).resolve()) for name, path in given.items() if path is not None})
+    absolute: dict[str, Any] = {name: path and str(Path(path).resolve()) for name, path in given.items()}
+    return replace(options, **absolute)
 
 
 def write_config(folder: Path, options: TrainOptions, recipe: Recipe) -> None:

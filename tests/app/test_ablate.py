@@ -82,7 +82,10 @@ def test_every_variant_sees_the_same_folds(ablated: Path, table: Path) -> None:
     prescribed = {row["image"] for row in rows_of(table) if row["split"] == "test"}
     for fold in (0, 1):
         splits = [
-            {row["image"]: row["split"] for row in rows_of(ablated / "runs" / name / f"seed42-fold{fold}" / "split.csv")}
+            {
+                row["image"]: row["split"]
+                for row in rows_of(ablated / "runs" / name / f"seed42-fold{fold}" / "split.csv")
+            }
             for name in VARIANTS
         ]
         assert all(split == splits[0] for split in splits)

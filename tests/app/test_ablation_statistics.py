@@ -60,7 +60,9 @@ def test_images_of_a_group_are_drawn_together() -> None:
     """Ten copies of each of 20 images say no more than the 20 do: the interval stays as wide."""
     random = np.random.default_rng(5)
     values = random.normal(0.1, 1, 20)
-    alone = paired_difference([({str(i): v for i, v in enumerate(values)}, dict.fromkeys(map(str, range(20)), 0.0))], {})
+    alone = paired_difference(
+        [({str(i): v for i, v in enumerate(values)}, dict.fromkeys(map(str, range(20)), 0.0))], {}
+    )
     names = {f"{i}-{copy}": float(values[i]) for i in range(20) for copy in range(10)}
     pairs = [(names, dict.fromkeys(names, 0.0))]
     grouped = paired_difference(pairs, {name: name.split("-")[0] for name in names})

@@ -190,7 +190,7 @@ def test_checkpoints_without_the_switches_are_whole_networks(tmp_path: Path) -> 
         ({"tasks": "detection"}, "tasks 'detection': give one of both, segmentation, classification"),
         ({"directions": "up"}, "directions 'up': give one of both, seg_to_clf, clf_to_seg"),
         ({"tasks": "segmentation"}, "a single task has no other to interact with; make the interaction none"),
-        ({"tasks": "classification", "interaction": "none,none,none,fixed".split(",")}, "has no other"),
+        ({"tasks": "classification", "interaction": ["none", "none", "none", "fixed"]}, "has no other"),
         ({"directions": "seg_to_clf", "interaction": "none"}, "without an interaction there is no direction"),
     ],
 )
