@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,25 @@ from PIL import Image
 
 from btinet.cli import main
 from btinet.errors import UserError
+from btinet.evaluation import evaluate
 from btinet.experiments import ablation, process
 from btinet.experiments.ablation import AblateOptions, ablate
 from btinet.experiments.report import NAMES
 from btinet.experiments.variants import PAPER_TABLE, Variant, all_variants, choose_variants
+from btinet.training import run_folder
 from btinet.training.options import CHOSEN_BY_ABLATE, TrainOptions
 
 SMALL = {"model": "btinet_mobilenetv3_small_050", "image_size": 32, "epochs": 1, "stage2_epochs": 1, "device": "cpu"}
-VARIANTS = ("gated", "fixed", "segmentation", "classification")
+VARIANTS = ("gated", "segmentation", "classification")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_the_figures_of_single_runs() -> Iterator[None]:
+    """They take a third of the time, and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "draw_curves", lambda folder, rows: None)
+        patch.setattr(evaluate, "save_figure", lambda figure, path: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +165,11 @@ def test_the_summary_by_hand(ablated: Path) -> None:
         assert difference["groups"] == difference["images"] - 1  # the pair
         assert difference["low"] <= difference["mean"] <= difference["high"]
         assert difference["runs"] == 2
-    for name in ("gated", "fixed"):
-        gains = [
-            (np.mean(column(name, score)) - np.mean(column(single, score))) / np.mean(column(single, score))
-            for score, single in (("iou", "segmentation"), ("accuracy", "classification"))
-        ]
-        assert stored["variants"][name]["multi_task_gain"] == pytest.approx(100 * np.mean(gains), rel=1e-3)
+    gains = [
+        (np.mean(column("gated", score)) - np.mean(column(single, score))) / np.mean(column(single, score))
+        for score, single in (("iou", "segmentation"), ("accuracy", "classification"))
+    ]
+    assert stored["variants"]["gated"]["multi_task_gain"] == pytest.approx(100 * np.mean(gains), rel=1e-3)
     assert stored["variants"]["segmentation"]["multi_task_gain"] is None
 
 
@@ -180,7 +191,7 @@ def test_the_table_and_the_figure(ablated: Path) -> None:
         else:
             numbers = [f"{difference[key]:+.3f}" for key in ("mean", "low", "high")]
             assert row["Δ accuracy"] == f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
-    assert dict(zip(heading, cells["fixed"], strict=True))["has"] == "MSCF, TIM"
+    assert dict(zip(heading, cells["gated"], strict=True))["has"] == "MSCF, TIM + UPA"
     with Image.open(ablated / "ablation.png") as image:
         assert min(image.size) > 300
 
@@ -198,7 +209,7 @@ def test_finished_runs_are_left_alone_and_others_are_added(
     before = {name: (ablated / name).read_bytes() for name in NAMES}
     assert ablate(options(table, ablated)) == {}
     assert started == []
-    assert "8 of them finished" in capsys.readouterr().out
+    assert "6 of them finished" in capsys.readouterr().out
     assert {name: (ablated / name).read_bytes() for name in NAMES if name != "ablation.png"} == {
         name: content for name, content in before.items() if name != "ablation.png"
     }
@@ -262,6 +273,7 @@ def test_variants() -> None:
         assert len({repr(v) for v in all_variants(levels).values()}) == len(all_variants(levels))
     assert four["gated"] == Variant() and Variant().description() == "MSCF, TIM + UPA"  # noqa: PT018
     assert four["baseline"].description() == "none"
+    assert four["fixed"].description() == "MSCF, TIM"
     assert four["without_d1"].description() == "MSCF, TIM + UPA at d2, d3, d4"
     assert four["seg_to_clf"].description() == "MSCF, TIM + UPA, seg → clf only"
     assert four["classification"].description() == "MSCF, classification alone"
@@ -326,47 +338,45 @@ def test_folds_of_a_file_are_used(ablated: Path, table: Path, tmp_path: Path, mo
 
 def command(table: Path, out: Path, *flags: object) -> list[str]:
     small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    arguments = ["--data", table, "--out", out, "--lr", "1e-3", "--deterministic", *small, *flags]
+    arguments = ["--data", table, "--out", out, "--dataset", "csv", "--lr", "1e-3", "--deterministic", *small, *flags]
     return [sys.executable, "-m", "btinet.cli", "ablate", *map(str, arguments)]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_the_command_as_a_process(table: Path, tmp_path: Path) -> None:
+def test_the_command_as_a_process(ablated: Path, table: Path, tmp_path: Path) -> None:
+    """Finished runs, one that fails because a file is where its folder should be, and a healthy one."""
     out = tmp_path / "x"
-    done = subprocess.run(
-        command(table, out, "--variants", "mscf", "--seeds", "7,"), capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr
-    assert "run 1 of 1: runs/mscf/seed7" in done.stdout
-    assert "| mscf | MSCF |" in done.stdout
-    assert [row["seed"] for row in rows_of(out / "ablation.csv")] == ["7"]
-    assert json.loads((out / "runs" / "mscf" / "seed7" / "config.json").read_text())["model"]["interaction"] == "none"
-
-
-def test_the_exit_code_tells_of_failed_runs(table: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(table, tmp_path / "x", "--variants", "mscf", "--freeze-stages", "99"),
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    shutil.copytree(ablated, out)
+    for name in ("tim", "mscf"):
+        shutil.copytree(out / "runs" / "gated" / "seed42-fold1", out / "runs" / name / "seed42-fold1")
+    (out / "runs" / "tim" / "seed42-fold0").write_text("")
+    flags = ("--folds", "2", "--variants", "gated,tim,mscf", "--reference", "mscf")
+    done = subprocess.run(command(table, out, *flags), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1, done.stderr
-    assert "runs/mscf/seed42 failed: --freeze-stages 99" in done.stdout
     assert "Traceback" not in done.stderr
+    assert "6 runs, 4 of them finished" in done.stdout
+    assert "runs/tim/seed42-fold0 failed: --out " in done.stdout
+    assert "run 3 of 6: runs/mscf/seed42-fold0" in done.stdout
+    assert "| mscf | MSCF |" in done.stdout
+    rows = [(row["variant"], row["fold"]) for row in rows_of(out / "ablation.csv")]
+    assert rows == [("gated", "0"), ("mscf", "0"), ("gated", "1"), ("tim", "1"), ("mscf", "1")]
+    run = out / "runs" / "mscf" / "seed42-fold0"
+    assert json.loads((run / "config.json").read_text())["model"]["interaction"] == "none"
+    assert not list(run.glob("*.pt"))
 
 
 @pytest.mark.slow
 def test_a_killed_ablation_continues_to_the_same_table(table: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = ("--variants", "gated,segmentation", "--folds", "2")
+    flags = ("--variants", "gated,segmentation")
     assert subprocess.run(command(table, whole, *flags), env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode == 0
-    first = broken / "runs" / "gated" / "seed42-fold0"
+    first, second = (broken / "runs" / name / "seed42" for name in ("gated", "segmentation"))
     moments: list[Callable[[], bool]] = [
-        lambda: (first / "stage1.pt").exists(),
-        lambda: (first / "evaluation-test" / "per_image.csv").exists(),
-        lambda: (broken / "runs" / "gated" / "seed42-fold1" / "metrics.jsonl").exists(),
+        (first / "stage1.pt").exists,
+        (first / "evaluation-test" / "per_image.csv").exists,
+        (second / "metrics.jsonl").exists,
     ]
     for moment in moments:
         started = subprocess.Popen(command(table, broken, *flags), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
@@ -375,7 +385,6 @@ def test_a_killed_ablation_continues_to_the_same_table(table: Path, tmp_path: Pa
             time.sleep(0.001)
         started.send_signal(signal.SIGKILL)
         started.wait()
-        time.sleep(1)  # the run's process ends with it, and frees the folder
     assert subprocess.run(command(table, broken, *flags), env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode == 0
     for name in ("ablation.csv", "ablation.md", "ablation.json"):
         assert (broken / name).read_text() == (whole / name).read_text()
