@@ -46,6 +46,7 @@ def _train_and_evaluate(options: TrainOptions) -> None:
     folder = Path(options.out)
     if (folder / run_folder.CONFIG_NAME).is_file():
         resume(folder)
+        run_folder.remove_temporaries(folder)  # a finished run that was killed at its very end still has some
     else:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it began
         train(options)

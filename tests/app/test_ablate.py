@@ -372,11 +372,10 @@ def test_a_killed_ablation_continues_to_the_same_table(table: Path, tmp_path: Pa
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = ("--variants", "gated,segmentation")
     assert subprocess.run(command(table, whole, *flags), env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode == 0
-    first, second = (broken / "runs" / name / "seed42" for name in ("gated", "segmentation"))
+    first = broken / "runs" / "gated" / "seed42"
     moments: list[Callable[[], bool]] = [
         (first / "stage1.pt").exists,
         (first / "evaluation-test" / "per_image.csv").exists,
-        (second / "metrics.jsonl").exists,
     ]
     for moment in moments:
         started = subprocess.Popen(command(table, broken, *flags), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
