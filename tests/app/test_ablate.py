@@ -22,9 +22,11 @@ from PIL import Image
 from btinet.cli import main
 from btinet.errors import UserError
 from btinet.evaluation import evaluate
+from btinet.evaluation.tables import write_csv
 from btinet.experiments import ablation, process
 from btinet.experiments.ablation import AblateOptions, ablate
 from btinet.experiments.report import NAMES
+from btinet.experiments.results import Run, read_groups_of_split, read_run
 from btinet.experiments.variants import PAPER_TABLE, Variant, all_variants, choose_variants
 from btinet.training import run_folder
 from btinet.training.options import CHOSEN_BY_ABLATE, TrainOptions
@@ -258,6 +260,32 @@ def test_a_run_that_was_killed_before_it_began_begins_anew(
     assert not (out / "ablation.csv").exists()
     monkeypatch.setattr(ablation, "train_in_own_process", in_this_process)
     assert ablate(one) == {}
+
+
+def test_what_is_paired_of_an_image(tmp_path: Path) -> None:
+    """IoU of images with a lesion, accuracy of labelled ones, groups of names that a spreadsheet must not run."""
+    run = Run("gated", 1, None)
+    folder = run.folder(tmp_path) / "evaluation-test"
+    folder.mkdir(parents=True)
+    rows = [
+        {"image": "=a.png", "label": "x", "predicted": "x", "iou": 0.5, "dice": 0.7, "target_pixels": 9},
+        {"image": "b.png", "label": "", "predicted": "x", "iou": 0.0, "dice": 0.0, "target_pixels": 4},
+        {"image": "c.png", "label": "y", "predicted": "x", "iou": 1.0, "dice": 1.0, "target_pixels": 0},
+    ]
+    write_csv(folder / "per_image.csv", rows, list(rows[0]))
+    (folder / "summary.json").write_text('{"images": 3, "segmentation": null, "classification": null}')
+    assert run.is_finished(tmp_path)
+    result = read_run(run, tmp_path)
+    assert result.scores == {"images": 3}
+    assert result.per_image["iou"] == {"'=a.png": 0.5, "b.png": 0.0}
+    assert result.per_image["dice"] == {"'=a.png": 0.7, "b.png": 0.0}
+    assert result.per_image["accuracy"] == {"'=a.png": 1.0, "c.png": 0.0}
+    split = tmp_path / "split.csv"
+    split.write_text("image,label,group,split\n=a.png,x,g,test\nb.png,,g,test\nc.png,y,,test\n")
+    assert read_groups_of_split(split) == {"'=a.png": "g", "b.png": "g"}
+    (folder / "summary.json").write_text('{"images": 3}')
+    with pytest.raises(UserError, match="not an evaluation by this version"):
+        read_run(run, tmp_path)
 
 
 def test_variants() -> None:

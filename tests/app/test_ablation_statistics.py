@@ -76,6 +76,7 @@ def test_images_of_a_group_are_drawn_together() -> None:
 def test_groups_of_unequal_size_weigh_by_their_images() -> None:
     result = paired_difference([({"a": 1.0, "b": 1.0, "c": 0.0}, dict.fromkeys("abc", 0.0))], {"a": "g", "b": "g"})
     assert result.mean == pytest.approx(2 / 3)
+    assert (result.low, result.high) == (0.0, 1.0)
     assert result.groups == 2
     named_like_a_group = paired_difference([({"a": 1.0, "g": 0.0}, {"a": 0.0, "g": 0.0})], {"a": "g"})
     assert named_like_a_group.groups == 2

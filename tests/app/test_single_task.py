@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import default_collate
 
-from btinet import load_checkpoint
+from btinet import UserError, load_checkpoint
 from btinet.cli import main
 from btinet.data import SegmentationDataset, read_collection, read_split
 from btinet.evaluation import EvaluateOptions, evaluate_run, print_summary
@@ -98,6 +98,22 @@ def test_prediction_gives_the_task_alone(runs: dict[str, Path], shared_ultrasoun
     }
     assert (tmp_path / "segmentation" / "masks" / image.name).is_file()
     assert sorted(p.name for p in (tmp_path / "classification").iterdir()) == ["predictions.csv", "predictions.json"]
+
+
+def test_only_segmentation_needs_a_lesion_to_validate(
+    runs: dict[str, Path], shared_ultrasound: Path, tmp_path: Path
+) -> None:
+    split = tmp_path / "split.csv"
+    lines = (runs["segmentation"] / "split.csv").read_text().splitlines()
+    split.write_text("\n".join(x.replace(",val", ",train") if "normal" not in x else x for x in lines) + "\n")
+    plain = TrainOptions(data=str(shared_ultrasound), out="", dataset="busi", interaction="none", **SMALL)  # type: ignore[arg-type]
+    for tasks in TASKS:
+        of_task = replace(plain, out=str(tmp_path / tasks), tasks=tasks, split=str(split))  # type: ignore[arg-type]
+        if tasks == "classification":
+            assert train(of_task).is_dir()
+        else:
+            with pytest.raises(UserError, match="no validation image shows a lesion"):
+                train(of_task)
 
 
 def test_interaction_must_be_none(shared_ultrasound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
