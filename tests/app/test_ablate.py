@@ -94,6 +94,7 @@ def per_image(out: Path, variant: str, fold: int) -> dict[str, dict[str, str]]:
 
 def test_every_variant_sees_the_same_folds(ablated: Path, table: Path) -> None:
     prescribed = {row["image"] for row in rows_of(table) if row["split"] == "test"}
+    validated: list[set[str]] = []
     for fold in (0, 1):
         splits = [
             {
@@ -103,10 +104,12 @@ def test_every_variant_sees_the_same_folds(ablated: Path, table: Path) -> None:
             for name in VARIANTS
         ]
         assert all(split == splits[0] for split in splits)
+        validated.append({image for image, part in splits[0].items() if part == "val"})
         tested = {image for image, part in splits[0].items() if part == "test"}
         assert {Path(image).name for image in tested} == {Path(image).name for image in prescribed}
         for name in VARIANTS:
             assert {Path(image).name for image in per_image(ablated, name, fold)} == {Path(i).name for i in tested}
+    assert not validated[0] & validated[1]
 
 
 def test_one_row_per_run_with_the_scores_of_its_evaluation(ablated: Path) -> None:
