@@ -8,7 +8,7 @@ from typing import Any
 
 import machine
 
-from btinet.allocator import keep_pages
+from btinet.allocator import SYSTEM_DEFAULT, keep_pages
 
 keep_pages()  # before anything is allocated, the same for all variants
 
@@ -99,12 +99,13 @@ class Recorder:
             content = {"machine": described, "limits": self.limits.as_dict(), "cases": cases}
             written.append(_write(folder / "interaction.json", content | {"not_measured": self.not_measured}))
         others = {"modules": self.modules, "network": self.network, "foreign": self.foreign}
+        ending = "_system_malloc" if described["allocator"] == SYSTEM_DEFAULT else ""
         for name, measured in others.items():
             if measured:
                 peaks = {what: round(rate / 1e9, 1) for what, rate in cpu_peaks().items()}
                 content = {"machine": described, "peak_gflop_per_s": peaks, "cases": measured}
                 content |= {"not_measured": self.not_measured}
-                written.append(_write(folder / f"{name}.json", content))
+                written.append(_write(folder / f"{name}{ending}.json", content))
         return written
 
 

@@ -97,10 +97,14 @@ class NetworkProblem:
             error = float((result - first["eager"]).abs().max() / first["eager"].abs().max())
             if not error <= allowed:
                 raise GateError(f"{self.case.name}: {name} differs by {error:.1e} from eager ({allowed:.0e} allowed)")
+        self.set_dropout()
+        return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self._steps}  # type: ignore[misc]
+
+    def set_dropout(self) -> None:
+        """That of the case; without it until then, so that variants can be compared."""
         for module in (m for network in self._networks.values() for m in network.modules()):
             if isinstance(module, nn.Dropout):
                 module.p = self.case.dropout
-        return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self._steps}  # type: ignore[misc]
 
     def run(self, name: str, direction: str) -> Tensor:
         """One step; the loss, or the segmentation's logits."""

@@ -311,6 +311,7 @@ def _add_data_commands(parser: ArgumentParser) -> None:
     check.add_argument("--split", type=Path | None, default=None, help="Look for leaks between the parts of this file.")
     check.add_argument("--fold", type=int | None, default=None, help="With folds in --split: the one that is tested.")
     check.add_argument("--mask-threshold", type=int | None, default=None, help="As in btinet train.")
+    check.add_argument("--mask-classes", type=str | None, default=None, help="As in btinet train.")
     check.add_argument(
         "--out", type=Path | None, default=None, help="The manifest; default: manifest.json in the data's folder."
     )

@@ -7,6 +7,7 @@ from btinet.data.images import read_image, read_mask
 from btinet.data.layout_options import LayoutOptions
 from btinet.data.layouts import DATASETS, check_trainable, read_collection
 from btinet.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from btinet.data.masks import MaskFormat
 from btinet.data.preprocessing import Preprocessing, default_preprocessing, resize_image, resize_mask
 from btinet.data.sample import sample_csv
 from btinet.data.samples import Collection, Sample
@@ -32,6 +33,7 @@ __all__ = [
     "EpochBatches",
     "Finding",
     "LayoutOptions",
+    "MaskFormat",
     "Preprocessing",
     "Sample",
     "SegmentationDataset",

@@ -270,8 +270,8 @@ def _contents(labels: np.ndarray, component: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _stratum_numbers(samples: Sequence[Sample]) -> np.ndarray:
-    """Number the pairs of label and stratum that occur."""
-    pairs = [(sample.label, sample.stratum) for sample in samples]
+    """Number the combinations of label, stratum and absence of a mask that occur."""
+    pairs = [(sample.label, sample.stratum, sample.masks is None) for sample in samples]
     numbers = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
     return np.array([numbers[pair] for pair in pairs])
 

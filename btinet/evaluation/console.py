@@ -46,10 +46,14 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         f"[bold]{summary.images} images[/bold] of split {summary.split!r}, scored at {summary.eval_size} size.",
         highlight=False,
     )
-    if summary.segmentation is None:
-        console.print("The network does not segment: no lesion scores.")
-    else:
+    if summary.segmentation is not None:
         console.print(_segmentation_table(summary.segmentation, summary.baselines))
+    elif summary.images_without_mask < summary.images:
+        console.print("The network does not segment: no lesion scores.")
+    if summary.images_without_mask:
+        console.print(f"{summary.images_without_mask} images have no mask and count for the classes only.")
+    if summary.segmentation_by_class:
+        console.print(_mask_class_table(summary.segmentation_by_class))
     if summary.classification is None:
         console.print("No image is labelled, or the network does not classify: no class scores.")
     else:
@@ -90,6 +94,17 @@ def _segmentation_table(scores: SegmentationSummary, baselines: dict[str, dict[s
     rate = number(scores.false_positive_rate)
     of = f"{scores.false_positives} of {scores.images_without_lesion} ({rate})"
     table.add_row("false alarms", "", "", of, "")
+    return table
+
+
+def _mask_class_table(by_class: dict[str, SegmentationSummary]) -> Table:
+    table = Table(title="Mask classes, on the images that show them: mean ± sd (median)", box=SIMPLE_HEAD)
+    for heading in ("", "images", *(MEASURE_NAMES[name] for name in MEASURES)):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, scores in by_class.items():
+        column = scores.lesion_images
+        cells = [_measure_cells(column, measure, 1 if measure == "hd95" else 3)[0] for measure in MEASURES]
+        table.add_row(escape(name), str(column.images), *cells)
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from btinet.data.images import read_image, read_mask
+from btinet.data.images import read_image
 from btinet.data.layout_options import LayoutOptions
+from btinet.data.masks import MaskFormat
 from btinet.data.preprocessing import resize_image, resize_mask
 from btinet.data.samples import Collection, Sample
 from btinet.data.source import DataSource
@@ -82,7 +83,10 @@ class Summary:
         images: number of images evaluated.
         image_size: height and width of the network's input.
         threshold: lesion probability above which a pixel is lesion.
-        segmentation: lesion scores; None of a network that only classifies.
+        images_without_mask: images for which nobody drew a mask; they count for the classes only.
+        segmentation: lesion scores; several mask classes together; None when no image has a mask and of a network that
+            only classifies.
+        segmentation_by_class: those of each mask class where there are several.
         classification: class scores; None when no image is labelled and of a network that only segments.
         baselines: mean IoU of an all-background and an all-foreground answer on the same images, per column; empty
             where ``segmentation`` is None.
@@ -98,7 +102,9 @@ class Summary:
     threshold: float
     hd95_empty: str
     precision: str
+    images_without_mask: int
     segmentation: SegmentationSummary | None
+    segmentation_by_class: dict[str, SegmentationSummary]
     classification: ClassificationScores | None
     baselines: dict[str, dict[str, float]]
 
@@ -107,7 +113,9 @@ class Summary:
 class _Result:
     sample: Sample
     size: tuple[int, int]
-    scores: SegmentationScores | None  # of a network that only classifies
+    segmented: bool  # False of a network that only classifies
+    scores: SegmentationScores | None  # without a mask
+    by_class: dict[str, SegmentationScores | None]  # where there are several mask classes
     probabilities: np.ndarray  # empty of a network that only segments
     signals: dict[str, float]
 
@@ -128,10 +136,11 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
         raise UserError(f"batch size {options.batch_size}: expected at least 1.")
     folder = options.run if options.run.is_dir() else options.run.parent
     predictor = Predictor(load_checkpoint(options.run), options.device, precision=options.precision)
-    source, mask_threshold = _data_source(options, folder)
+    source, config = _data_source(options, folder)
+    mask_format = MaskFormat(config.get("mask_threshold"), predictor.mask_classes)
     collection = source.read(predictor.classes)
     samples = _chosen_samples(options.split, folder, collection)
-    reader = _Reader(predictor, options.eval_size, mask_threshold)
+    reader = _Reader(predictor, options.eval_size, mask_format)
     results = list(_evaluate(reader, samples, options.batch_size, options.hd95_empty))
 
     classes = collection.classes
@@ -151,7 +160,12 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
         threshold=predictor.threshold,
         hd95_empty=options.hd95_empty,
         precision=options.precision,
+        images_without_mask=sum(result.sample.masks is None for result in results),
         segmentation=summarise_segmentation(segmentations) if segmentations else None,
+        segmentation_by_class={
+            name: summarise_segmentation([scores for result in results if (scores := result.by_class[name])])
+            for name in results[0].by_class
+        },
         classification=classification_scores(labels, probabilities, classes) if labelled else None,
         baselines=_baselines(results),
     )
@@ -179,15 +193,16 @@ def choose_cases(dice: Sequence[float], per_row: int = CASES_PER_ROW) -> dict[st
 class _Reader:
     """Reads samples at the resolution of the scores and predicts them."""
 
-    def __init__(self, predictor: Predictor, eval_size: str, mask_threshold: int | None) -> None:
+    def __init__(self, predictor: Predictor, eval_size: str, mask_format: MaskFormat) -> None:
         self.predictor = predictor
         self.size = predictor.preprocessing.image_size if eval_size == "model" else None
-        self.mask_threshold = mask_threshold
+        self.mask_format = mask_format
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """The image and its mask as numbers of classes; all 0 where nobody drew one."""
         image = read_image(sample.image, self.predictor.preprocessing.channels)
         height, width = image.shape[:2]
-        mask = read_mask(sample.masks, height, width, self.mask_threshold)
+        mask = self.mask_format.read(sample.masks or (), height, width)
         if self.size is None:
             return image, mask
         return resize_image(image, self.size), resize_mask(mask, self.size)
@@ -200,19 +215,29 @@ def _evaluate(reader: _Reader, samples: Sequence[Sample], batch_size: int, hd95_
         pairs = [reader.read(sample) for sample in batch]
         predictions = reader.predictor([image for image, _ in pairs])
         for sample, (_, target), prediction in zip(batch, pairs, predictions, strict=True):
-            scores = None
-            if prediction.mask is not None:
-                scores = segmentation_scores(prediction.mask, target, hd95_empty=hd95_empty)
+            scores: dict[str, SegmentationScores | None] = {"": None}
+            if prediction.numbers is not None:
+                names = reader.mask_format.classes
+                pairs_of = {"": (prediction.numbers > 0, target > 0)}
+                if len(names) > 1:
+                    planes = (reader.mask_format.planes(numbers) for numbers in (prediction.numbers, target))
+                    pairs_of |= {name: pair for name, *pair in zip(names, *planes, strict=True)}
+                scores = {
+                    name: None if sample.masks is None else segmentation_scores(*pair, hd95_empty=hd95_empty)
+                    for name, pair in pairs_of.items()
+                }
             height, width = target.shape
             signals = signal_columns(prediction, reader.predictor.proxy_names)
-            yield _Result(sample, (height, width), scores, prediction.class_probabilities, signals)
+            segmented, of_all = prediction.mask is not None, scores.pop("")
+            yield _Result(sample, (height, width), segmented, of_all, scores, prediction.class_probabilities, signals)
 
 
-def _data_source(options: EvaluateOptions, folder: Path) -> tuple[DataSource, int | None]:
+def _data_source(options: EvaluateOptions, folder: Path) -> tuple[DataSource, dict[str, Any]]:
+    """Where the data is, and the options of the run."""
     config = _read_config(folder / "config.yaml")
     if options.data is not None:
         given = DataSource(options.data, options.dataset or "auto", options.layout_options, options.manifest)
-        return given, config.get("mask_threshold")
+        return given, config
     if options.manifest is not None or options.layout_options != LayoutOptions():
         raise UserError("--manifest, --curated, --labels, --lesion-groups: belong to --data; give it too.")
     if not config.get("data"):
@@ -221,7 +246,7 @@ def _data_source(options: EvaluateOptions, folder: Path) -> tuple[DataSource, in
     if not data.exists():
         raise UserError(f"{data}: the data of this run is no longer there; say with --data where it lies now.")
     source = DataSource.from_options(config)
-    return replace(source, dataset=options.dataset or source.dataset), config.get("mask_threshold")
+    return replace(source, dataset=options.dataset or source.dataset), config
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -249,23 +274,22 @@ def _chosen_samples(split: str, folder: Path, collection: Collection) -> list[Sa
 
 def _baselines(results: Sequence[_Result]) -> dict[str, dict[str, float]]:
     # Without a lesion, all background is right (IoU 1) and all foreground is wrong (IoU 0).
-    targets = [(result.scores.target_pixels, result.size) for result in results if result.scores is not None]
-    if not targets:
+    drawn = [(result.scores.target_pixels, math.prod(result.size)) for result in results if result.scores]
+    if not drawn:
         return {}
-    background = [float(pixels == 0) for pixels, _ in targets]
-    foreground = [pixels / math.prod(size) for pixels, size in targets]
-    lesion = [pixels > 0 for pixels, _ in targets]
+    background = [float(pixels == 0) for pixels, _ in drawn]
+    foreground = [pixels / size for pixels, size in drawn]
+    lesion = [pixels > 0 for pixels, _ in drawn]
     return {
         name: {
             "lesion_images": float(np.mean(np.array(values)[lesion])) if any(lesion) else math.nan,
-            "all_images": float(np.mean(values)),
+            "all_images": float(np.mean(values)) if drawn else math.nan,
         }
         for name, values in (("all_background_iou", background), ("all_foreground_iou", foreground))
     }
 
 
 def _row(result: _Result, classes: Sequence[str]) -> dict[str, Any]:
-    scores = result.scores
     height, width = result.size
     row: dict[str, Any] = {
         "image": result.sample.id,
@@ -274,9 +298,18 @@ def _row(result: _Result, classes: Sequence[str]) -> dict[str, Any]:
     if result.probabilities.size:
         row["predicted"] = classes[int(result.probabilities.argmax())]
         row |= {f"prob_{name}": value for name, value in zip(classes, result.probabilities.tolist(), strict=True)}
-    if scores is not None:
-        row |= asdict(scores)
+    if result.segmented:
+        row |= _score_columns(result.scores, "")
+    for name, scores in result.by_class.items():
+        row |= _score_columns(scores, name)
     return row | {"height": height, "width": width, **result.signals}
+
+
+def _score_columns(scores: SegmentationScores | None, mask_class: str) -> dict[str, Any]:
+    """Empty cells without a mask."""
+    names = [field.name for field in fields(SegmentationScores)]
+    ending = f"_{mask_class}" if mask_class else ""
+    return {name + ending: getattr(scores, name, None) for name in names}
 
 
 def _write_cases(path: Path, reader: _Reader, results: Sequence[_Result]) -> None:
@@ -300,4 +333,4 @@ def _case(reader: _Reader, result: _Result, dice: float) -> Case:
     if prediction.class_probabilities.size:
         truth += f" → {classes[int(prediction.class_probabilities.argmax())]}"
     title = (result.sample.id, f"Dice {dice:.3f}", truth)
-    return Case(image, target, prediction.mask, title)
+    return Case(image, target > 0, prediction.mask, title)

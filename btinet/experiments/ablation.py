@@ -146,9 +146,11 @@ class _Ablation:
             (run.folder(self.out) / name).unlink(missing_ok=True)
 
     def _options(self, run: Run) -> TrainOptions:
+        variant = self.variants[run.variant]
         return replace(
             self.base,
-            **asdict(self.variants[run.variant]),
+            **asdict(variant),
+            weighting=self.base.weighting if variant.tasks == "both" else "fixed",
             out=str(run.folder(self.out)),
             seed=run.seed,
             split=str(self.out / SPLIT_NAME),

@@ -53,10 +53,24 @@ class BTINetOutput(NamedTuple):
     absent. The logits of a task that the network does not have are empty: ``[B, 0, H, W]`` and ``[B, 0]``.
     """
 
-    seg_logits: Tensor  # [B, 1, H, W], at the size of the input
+    seg_logits: Tensor  # [B, mask classes, H, W], at the size of the input; the background's is 0
     cls_logits: Tensor  # [B, classes]
     gates: dict[str, Tensor]  # level → [B, 2]: share of the interaction that reaches seg, clf
     proxies: dict[str, Tensor]  # level → [B, 3] or [B, 2], see PROXY_NAMES
+
+
+def class_numbers(seg_logits: Tensor, threshold: float = 0.0) -> Tensor:
+    """Which class of mask each pixel shows.
+
+    Args:
+        seg_logits: ``[B, K, H, W]``.
+        threshold: the largest logit must exceed it; else the pixel is background.
+
+    Returns:
+        uint8 ``[B, H, W]``: 0 for the background, or the number of a class, from 1.
+    """
+    highest, channel = seg_logits.max(1)
+    return torch.where(highest > threshold, channel + 1, 0).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ class BTINetConfig:
         strength: τ of the interaction.
         clf_channels: width of the vector stream.
         dropout: probability, after each decoder block and before the last classification layer.
+        mask_classes: what is segmented, beside the background.
         multi_scale: whether residual blocks have multi-scale context fusion.
         directions: ``"both"``; or ``"seg_to_clf"`` or ``"clf_to_seg"``: the interaction changes the second stream
             alone, the first leaves the level as it came. Gates see what either change would have been.
@@ -92,6 +107,7 @@ class BTINetConfig:
     strength: float = 0.7
     clf_channels: int = 256
     dropout: float = 0.3
+    mask_classes: int = 1
     multi_scale: bool = True
     directions: Directions = "both"
     tasks: Tasks = "both"
@@ -215,7 +231,7 @@ class BTINet(nn.Module):
             UpsampleTwice(below, widths[0]),
             nn.Conv2d(widths[0], widths[1], 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(widths[1], 1, 1),
+            nn.Conv2d(widths[1], config.mask_classes, 1),
         )
         self.clf_head: nn.Sequential | None = nn.Sequential(
             nn.Linear(sum(used[1:]) + len(decoder_channels) * config.clf_channels, config.clf_channels),
@@ -267,8 +283,9 @@ class BTINet(nn.Module):
     def fuse(self, size: int | tuple[int, int] = 64) -> BTINet:
         """A copy for inference whose BatchNorms are folded into convolutions and linear layers, where that is exact.
 
-        Its outputs are the same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot
-        be trained or saved as a checkpoint.
+        On the CPU its convolutions keep their weights as oneDNN wants them, beside the plain ones. Its outputs are the
+        same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot be trained or saved
+        as a checkpoint.
 
         Args:
             size: height and width of the random image that shows how the network is connected; for encoders that take
