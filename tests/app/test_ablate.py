@@ -357,13 +357,18 @@ def test_folders_that_hold_something_else_are_refused(ablated: Path, table: Path
 
 
 def test_folds_of_a_file_are_used(ablated: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[tuple[int | None, int]] = []
-    monkeypatch.setattr(
-        ablation, "train_in_own_process", lambda options: trained.append((options.fold, options.seed)) or "not now."
-    )
-    given = options(table, tmp_path / "x", variants="gated", folds=None, seeds="3,4")
-    ablate(replace(given, train=replace(given.train, split=str(ablated / "split.csv"))))
-    assert trained == [(0, 3), (1, 3), (0, 4), (1, 4)]
+    trained: list[tuple[int | None, int, str]] = []
+
+    def record(options: TrainOptions) -> str:
+        trained.append((options.fold, options.seed, options.weighting))
+        return "not now."
+
+    monkeypatch.setattr(ablation, "train_in_own_process", record)
+    given = options(table, tmp_path / "x", variants="gated,segmentation", folds=None, seeds="3,4")
+    of_file = replace(given.train, split=str(ablated / "split.csv"), weighting="uncertainty")
+    ablate(replace(given, train=of_file))
+    runs = [(0, 3), (1, 3), (0, 4), (1, 4)]
+    assert trained == [(*run, weighting) for run in runs for weighting in ("uncertainty", "fixed")]
     assert (tmp_path / "x" / "split.csv").read_text() == (ablated / "split.csv").read_text()
 
 

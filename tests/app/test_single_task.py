@@ -116,6 +116,20 @@ def test_only_segmentation_needs_a_lesion_to_validate(
                 train(of_task)
 
 
+def test_one_task_needs_no_weighting(runs: dict[str, Path], shared_ultrasound: Path, tmp_path: Path) -> None:
+    assert metrics(runs["classification"])[0]["clf_weight"] == 1
+    assert "seg_weight" not in metrics(runs["classification"])[0]
+    options = TrainOptions(
+        data=str(shared_ultrasound),
+        out=str(tmp_path / "run"),
+        interaction="none",
+        tasks="segmentation",
+        weighting="uncertainty",
+    )
+    with pytest.raises(UserError, match="--weighting uncertainty: balances two tasks, not with --tasks segmentation"):
+        train(options)
+
+
 def test_interaction_must_be_none(shared_ultrasound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", SMALL["model"], "--image-size", "32", "--device", "cpu", "--tasks", "segmentation"]
     assert main(["train", "--data", str(shared_ultrasound), "--out", str(tmp_path / "run"), *map(str, flags)]) == 2
