@@ -12,7 +12,15 @@ from btinet.data.preprocessing import Preprocessing, default_preprocessing, resi
 from btinet.data.sample import sample_csv
 from btinet.data.samples import Collection, Sample
 from btinet.data.source import DataSource
-from btinet.data.splits import SPLITS, fold_collection, read_split, split_collection, write_folds, write_split
+from btinet.data.splits import (
+    SPLITS,
+    fold_collection,
+    number_of_folds,
+    read_split,
+    split_collection,
+    write_folds,
+    write_split,
+)
 
 __all__ = [
     "DATASETS",
@@ -35,6 +43,7 @@ __all__ = [
     "default_preprocessing",
     "fold_collection",
     "near_duplicate_groups",
+    "number_of_folds",
     "read_collection",
     "read_groups",
     "read_image",

@@ -61,10 +61,12 @@ class Summary:
         image_size: height and width of the network's input.
         threshold: lesion probability above which a pixel is lesion.
         images_without_mask: images for which nobody drew a mask; they count for the classes only.
-        segmentation: lesion scores; several mask classes together.
+        segmentation: lesion scores; several mask classes together; None when no image has a mask and of a network that
+            only classifies.
         segmentation_by_class: those of each mask class where there are several.
-        classification: class scores; None when no image is labelled.
-        baselines: mean IoU of an all-background and an all-foreground answer on the same images, per column.
+        classification: class scores; None when no image is labelled and of a network that only segments.
+        baselines: mean IoU of an all-background and an all-foreground answer on the same images, per column; empty
+            where ``segmentation`` is None.
     """
 
     run: str
@@ -78,7 +80,7 @@ class Summary:
     hd95_empty: str
     precision: str
     images_without_mask: int
-    segmentation: SegmentationSummary
+    segmentation: SegmentationSummary | None
     segmentation_by_class: dict[str, SegmentationSummary]
     classification: ClassificationScores | None
     baselines: dict[str, dict[str, float]]
@@ -91,14 +93,16 @@ class ImageResult:
     Attributes:
         sample: the image.
         size: height and width at which the mask was scored.
+        segmented: whether the network segments at all.
         scores: of the mask, its classes taken together; None where nobody drew one.
         by_class: of each class, where there are several mask classes.
-        probabilities: float64 [K], of the classes.
+        probabilities: float64 [K], of the classes; empty of a network that only segments.
         signals: gates and proxies, see ``signal_columns``.
     """
 
     sample: Sample
     size: tuple[int, int]
+    segmented: bool
     scores: SegmentationScores | None
     by_class: dict[str, SegmentationScores | None]
     probabilities: np.ndarray
@@ -110,7 +114,8 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
     ``confusion_matrix.png``.
 
     ``cases.png`` shows the best, median and worst lesion images by Dice and is left out when no image has a
-    lesion; ``confusion_matrix.png`` is left out when no image is labelled.
+    lesion; ``confusion_matrix.png`` is left out when no image is labelled. Of a network for one task, only that is
+    scored.
 
     Raises:
         UserError: the run, its data or its split cannot be read or do not belong together, the split is
@@ -124,7 +129,8 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
     classes = data.classes
     labels = [result.sample.label for result in results]
     probabilities = np.stack([result.probabilities for result in results])
-    labelled = any(label >= 0 for label in labels)
+    labelled = probabilities.size > 0 and any(label >= 0 for label in labels)
+    segmentations = [result.scores for result in results if result.scores is not None]
     out = options.out or options.folder / f"evaluation-{options.split}"
     summary = Summary(
         run=str(options.folder),
@@ -137,8 +143,8 @@ def evaluate_run(options: EvaluateOptions) -> Summary:
         threshold=predictor.threshold,
         hd95_empty=options.hd95_empty,
         precision=options.precision,
-        images_without_mask=sum(result.scores is None for result in results),
-        segmentation=summarise_segmentation([result.scores for result in results if result.scores]),
+        images_without_mask=sum(result.sample.masks is None for result in results),
+        segmentation=summarise_segmentation(segmentations) if segmentations else None,
         segmentation_by_class={
             name: summarise_segmentation([scores for result in results if (scores := result.by_class[name])])
             for name in results[0].by_class
@@ -195,23 +201,28 @@ def evaluate_images(
         pairs = [reader.read(sample) for sample in batch]
         predictions = reader.predictor([image for image, _ in pairs])
         for sample, (_, target), prediction in zip(batch, pairs, predictions, strict=True):
-            names = reader.mask_format.classes
-            pairs_of = {"": (prediction.mask, target > 0)}
-            if len(names) > 1:
-                planes = (reader.mask_format.planes(numbers) for numbers in (prediction.numbers, target))
-                pairs_of |= {name: pair for name, *pair in zip(names, *planes, strict=True)}
-            scores = {
-                name: None if sample.masks is None else segmentation_scores(*pair, hd95_empty=hd95_empty)
-                for name, pair in pairs_of.items()
-            }
+            scores: dict[str, SegmentationScores | None] = {"": None}
+            if prediction.numbers is not None:
+                names = reader.mask_format.classes
+                pairs_of = {"": (prediction.numbers > 0, target > 0)}
+                if len(names) > 1:
+                    planes = (reader.mask_format.planes(numbers) for numbers in (prediction.numbers, target))
+                    pairs_of |= {name: pair for name, *pair in zip(names, *planes, strict=True)}
+                scores = {
+                    name: None if sample.masks is None else segmentation_scores(*pair, hd95_empty=hd95_empty)
+                    for name, pair in pairs_of.items()
+                }
             height, width = target.shape
             signals = signal_columns(prediction, reader.predictor.proxy_names)
-            yield ImageResult(sample, (height, width), scores.pop(""), scores, prediction.class_probabilities, signals)
+            segmented, of_all, shape = prediction.numbers is not None, scores.pop(""), (height, width)
+            yield ImageResult(sample, shape, segmented, of_all, scores, prediction.class_probabilities, signals)
 
 
 def _baselines(results: Sequence[ImageResult]) -> dict[str, dict[str, float]]:
     # Without a lesion, all background is right (IoU 1) and all foreground is wrong (IoU 0).
     drawn = [(result.scores.target_pixels, math.prod(result.size)) for result in results if result.scores]
+    if not drawn:
+        return {}
     background = [float(pixels == 0) for pixels, _ in drawn]
     foreground = [pixels / size for pixels, size in drawn]
     lesion = [pixels > 0 for pixels, _ in drawn]
@@ -226,21 +237,18 @@ def _baselines(results: Sequence[ImageResult]) -> dict[str, dict[str, float]]:
 
 def _row(result: ImageResult, classes: Sequence[str]) -> dict[str, Any]:
     height, width = result.size
-    return {
+    row: dict[str, Any] = {
         "image": result.sample.id,
         "label": classes[result.sample.label] if result.sample.label >= 0 else "",
-        "predicted": classes[int(result.probabilities.argmax())],
-        **{f"prob_{name}": value for name, value in zip(classes, result.probabilities.tolist(), strict=True)},
-        **_score_columns(result.scores, ""),
-        **{
-            key: value
-            for name, scores in result.by_class.items()
-            for key, value in _score_columns(scores, name).items()
-        },
-        "height": height,
-        "width": width,
-        **result.signals,
     }
+    if result.probabilities.size:
+        row["predicted"] = classes[int(result.probabilities.argmax())]
+        row |= {f"prob_{name}": value for name, value in zip(classes, result.probabilities.tolist(), strict=True)}
+    if result.segmented:
+        row |= _score_columns(result.scores, "")
+    for name, scores in result.by_class.items():
+        row |= _score_columns(scores, name)
+    return row | {"height": height, "width": width, **result.signals}
 
 
 def _score_columns(scores: SegmentationScores | None, mask_class: str) -> dict[str, Any]:
@@ -251,23 +259,24 @@ def _score_columns(scores: SegmentationScores | None, mask_class: str) -> dict[s
 
 
 def _write_cases(path: Path, reader: Reader, results: Sequence[ImageResult]) -> None:
-    lesion = [result for result in results if result.scores and result.scores.target_pixels > 0]
+    lesion = [(r, r.scores.dice) for r in results if r.scores is not None and r.scores.target_pixels > 0]
     if not lesion:
         path.unlink(missing_ok=True)
         return
-    chosen = choose_cases([result.scores.dice for result in lesion if result.scores])
+    chosen = choose_cases([dice for _, dice in lesion])
     rows: Mapping[str, list[Case]] = {
-        name: [_case(reader, lesion[index]) for index in indices] for name, indices in chosen.items()
+        name: [_case(reader, *lesion[index]) for index in indices] for name, indices in chosen.items()
     }
     save_figure(cases_figure(rows), path)
 
 
-def _case(reader: Reader, result: ImageResult) -> Case:
+def _case(reader: Reader, result: ImageResult, dice: float) -> Case:
     image, target = reader.read(result.sample)
     (prediction,) = reader.predictor([image])
+    assert prediction.mask is not None
     classes, label = reader.predictor.classes, result.sample.label
     truth = classes[label] if label >= 0 else "not labelled"
-    predicted = classes[int(prediction.class_probabilities.argmax())]
-    assert result.scores is not None
-    title = (result.sample.id, f"Dice {result.scores.dice:.3f}", f"{truth} → {predicted}")
+    if prediction.class_probabilities.size:
+        truth += f" → {classes[int(prediction.class_probabilities.argmax())]}"
+    title = (result.sample.id, f"Dice {dice:.3f}", truth)
     return Case(image, target > 0, prediction.mask, title)

@@ -59,6 +59,7 @@ def predict_files(options: PredictOptions) -> list[dict[str, Any]]:
     ``overlays/NAME.png`` per image, then ``predictions.csv`` and ``predictions.json`` with one row per image. NAME is
     the image's path below the deepest folder that holds all inputs, so that equal names in different folders never
     meet. Every input is decoded once before anything is written: a bad file stops the command with nothing written.
+    A network for one task gives what belongs to that task.
 
     Returns:
         The rows: image, predicted, prob_CLASS..., lesion_area_pixels, lesion_area_fraction (of any mask class),
@@ -88,10 +89,11 @@ def predict_files(options: PredictOptions) -> list[dict[str, Any]]:
         paths = images[start : start + options.batch_size]
         pixels = [read_image(path, channels) for path in paths]
         for path, image, prediction in zip(paths, pixels, predictor(pixels), strict=True):
-            mask = _mask_picture(prediction.numbers, len(predictor.mask_classes))
-            _write_png(options.out / "masks" / names[path], mask)
-            overlay = Image.fromarray(draw_overlay(image, prediction.numbers))
-            _write_png(options.out / "overlays" / names[path], overlay)
+            if prediction.numbers is not None:
+                mask = _mask_picture(prediction.numbers, len(predictor.mask_classes))
+                _write_png(options.out / "masks" / names[path], mask)
+                overlay = Image.fromarray(draw_overlay(image, prediction.numbers))
+                _write_png(options.out / "overlays" / names[path], overlay)
             rows.append(_row(path, prediction, predictor))
     write_csv(options.out / "predictions.csv", rows, list(rows[0]))
     write_json(options.out / "predictions.json", rows)
@@ -187,15 +189,14 @@ def _write_png(path: Path, picture: Image.Image) -> None:
 
 def _row(path: Path, prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
     classes, probabilities = predictor.classes, prediction.class_probabilities.tolist()
-    area = int(prediction.mask.sum())
-    names = predictor.mask_classes
-    areas = {f"area_pixels_{name}": int((prediction.numbers == i).sum()) for i, name in enumerate(names, start=1)}
-    return {
-        "image": path.as_posix(),
-        "predicted": classes[int(prediction.class_probabilities.argmax())],
-        **{f"prob_{name}": value for name, value in zip(classes, probabilities, strict=True)},
-        "lesion_area_pixels": area,
-        "lesion_area_fraction": area / prediction.numbers.size,
-        **(areas if len(names) > 1 else {}),
-        **signal_columns(prediction, predictor.proxy_names),
-    }
+    row: dict[str, Any] = {"image": path.as_posix()}
+    if probabilities:
+        row["predicted"] = classes[int(prediction.class_probabilities.argmax())]
+        row |= {f"prob_{name}": value for name, value in zip(classes, probabilities, strict=True)}
+    numbers, names = prediction.numbers, predictor.mask_classes
+    if numbers is not None:
+        area = int((numbers > 0).sum())
+        row |= {"lesion_area_pixels": area, "lesion_area_fraction": area / numbers.size}
+        if len(names) > 1:
+            row |= {f"area_pixels_{name}": int((numbers == i).sum()) for i, name in enumerate(names, start=1)}
+    return row | signal_columns(prediction, predictor.proxy_names)

@@ -24,25 +24,26 @@ class Prediction:
 
     Attributes:
         numbers: uint8 [H, W] at the image's own size: the most probable mask class, from 1, where its probability
-            exceeds the threshold, else 0.
-        lesion_probability: float32 [H, W], of the most probable mask class.
+            exceeds the threshold, else 0. None for a model that only classifies.
+        lesion_probability: float32 [H, W], of the most probable mask class; or None likewise.
         class_probabilities: float64 [K], sums to 1, in the order of the checkpoint's classes.
+            Empty for a model that only segments.
         gates: per decoder level, the segmentation gate and the classification gate; empty for a model without
             gates.
         proxies: per decoder level, the signals that feed the gates, in the order of
             ``Checkpoint.proxy_names``.
     """
 
-    numbers: np.ndarray
-    lesion_probability: np.ndarray
+    numbers: np.ndarray | None
+    lesion_probability: np.ndarray | None
     class_probabilities: np.ndarray
     gates: dict[str, tuple[float, float]]
     proxies: dict[str, tuple[float, ...]]
 
     @property
-    def mask(self) -> np.ndarray:
-        """Bool [H, W]: the pixels of any mask class."""
-        return self.numbers > 0
+    def mask(self) -> np.ndarray | None:
+        """Bool [H, W]: the pixels of any mask class; None for a model that only classifies."""
+        return None if self.numbers is None else self.numbers > 0
 
 
 class Predictor:
@@ -112,13 +113,17 @@ class Predictor:
         proxies = {level: value.float().cpu() for level, value in output.proxies.items()}
         predictions = []
         for index, image in enumerate(images):
-            logits = output.seg_logits[index : index + 1].float()
-            native = interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)[0]
-            highest, channel = native.sigmoid().max(0)
+            numbers = probability = None
+            if output.seg_logits.shape[1]:
+                logits = output.seg_logits[index : index + 1].float()
+                native = interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)[0]
+                highest, channel = native.sigmoid().max(0)
+                numbers = torch.where(highest > self.threshold, channel + 1, 0).to(torch.uint8).cpu().numpy()
+                probability = highest.cpu().numpy()
             predictions.append(
                 Prediction(
-                    numbers=torch.where(highest > self.threshold, channel + 1, 0).to(torch.uint8).cpu().numpy(),
-                    lesion_probability=highest.cpu().numpy(),
+                    numbers=numbers,
+                    lesion_probability=probability,
                     class_probabilities=class_probabilities[index],
                     gates={level: (float(v[index, 0]), float(v[index, 1])) for level, v in gates.items()},
                     proxies={level: tuple(v[index].tolist()) for level, v in proxies.items()},

@@ -174,6 +174,8 @@ def _training_section(report: Report, epochs: list[dict[str, Any]]) -> str:
 
 def _segmentation_section(report: Report, summary: dict[str, Any]) -> str:
     scores = summary["segmentation"]
+    if scores is None:
+        return _section("Segmentation", "<p>No evaluated image has a mask, or the network does not segment.</p>")
     lesion, every = scores["lesion_images"], scores["all_images"]
     columns = (lesion, every)
     rows = [

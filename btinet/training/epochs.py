@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from btinet.data import EpochBatches
 from btinet.errors import UserError
 from btinet.models import BTINetOutput
-from btinet.models.network import class_numbers
+from btinet.models.network import Tasks, class_numbers
 from btinet.training.averaging import WeightAverage
 from btinet.training.balancing import GradientBalancer
 from btinet.training.engine import reduced
@@ -28,7 +28,7 @@ from btinet.training.objective import Batch, KnownShares, LossesOf
 from btinet.training.options import Recipe
 from btinet.training.weighting import Weighting
 
-IOU_SHARE = 0.7  # of the score that selects the model; the rest is accuracy
+IOU_SHARE = 0.7  # of the score that selects a model of both tasks; the rest is accuracy
 CLIP_NORM = 1.0
 
 
@@ -114,9 +114,14 @@ def train_epoch(
 
 @torch.inference_mode()
 def validate(
-    fabric: Fabric, module: nn.Module, loaders: Loaders, objective: Objective, recipe: Recipe
+    fabric: Fabric,
+    module: nn.Module,
+    loaders: Loaders,
+    objective: Objective,
+    recipe: Recipe,
+    tasks: Tasks = "both",
 ) -> dict[str, Any]:
-    """Losses and scores over the images of all processes."""
+    """Losses and the scores of the network's tasks over the images of all processes."""
     module.eval()
     images = ious = lesions = hits = labelled = 0.0
     totals = dict.fromkeys(("", *objective.weighting.weights), 0.0)
@@ -128,29 +133,32 @@ def validate(
         for task, loss in {"": objective.weighting(losses), **losses}.items():
             totals[task] += loss.item() * size
         images += size
-        drawn = batch["has_mask"]
-        logits, mask = output.seg_logits[drawn], batch["mask"][drawn] > 0.5
-        of_lesions = _foreground_ious(logits, mask)
-        ious += sum(of_lesions)
-        lesions += len(of_lesions)
-        known = batch["label"] >= 0
-        hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
-        labelled += known.sum().item()
-        overlap += _keras_overlap(torch.sigmoid(logits.float()), mask)
+        if tasks != "classification":
+            drawn = batch["has_mask"]
+            logits, mask = output.seg_logits[drawn], batch["mask"][drawn] > 0.5
+            of_lesions = _foreground_ious(logits, mask)
+            ious += sum(of_lesions)
+            lesions += len(of_lesions)
+            overlap += _keras_overlap(torch.sigmoid(logits.float()), mask)
+        if tasks != "segmentation":
+            known = batch["label"] >= 0
+            hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
+            labelled += known.sum().item()
     counts = torch.tensor([images, ious, lesions, hits, labelled, *overlap.flatten()], dtype=torch.float64)
     images, ious, lesions, hits, labelled, *rest = reduced(fabric, counts, "sum").tolist()
     sums = reduced(fabric, torch.tensor(list(totals.values()), dtype=torch.float64), "sum").tolist()
     overlap = np.array(rest).reshape(2, 2)
-    iou = ious / lesions
-    truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
-    monitored = truncated if recipe.monitor == "keras_truncated" else iou
-    accuracy = hits / labelled if labelled else 0.0
-    return {
-        **{_named("val", task): total / images for task, total in zip(totals, sums, strict=True)},
-        "val_iou": iou,
-        "val_accuracy": accuracy,
-        "val_score": IOU_SHARE * monitored + (1 - IOU_SHARE) * accuracy,
-    }
+    measured = {_named("val", task): total / images for task, total in zip(totals, sums, strict=True)}
+    monitored = accuracy = 0.0
+    if tasks != "classification":
+        measured["val_iou"] = iou = ious / lesions
+        truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
+        monitored = truncated if recipe.monitor == "keras_truncated" else iou
+    if tasks != "segmentation":
+        measured["val_accuracy"] = accuracy = hits / labelled if labelled else 0.0
+    share = {"both": IOU_SHARE, "segmentation": 1.0, "classification": 0.0}[tasks]
+    measured["val_score"] = share * monitored + (1 - share) * accuracy
+    return measured
 
 
 def average_statistics(fabric: Fabric, network: nn.Module, average: WeightAverage | None) -> None:

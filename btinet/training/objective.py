@@ -47,7 +47,7 @@ class LossesOf(Protocol):
 
 @dataclass(frozen=True)
 class TaskLosses:
-    """Stage 1: segmentation and classification.
+    """Stage 1: segmentation and classification, or the one of them that the network is for.
 
     Attributes:
         options: of both losses.
@@ -67,10 +67,12 @@ class TaskLosses:
             logits, labels = output.cls_logits[chosen], batch["label"][chosen]
             return classification_loss(logits, labels, self.options, self.class_weights)
 
-        return {
-            SEG: _over_known(seg, batch["has_mask"], known.masks, output.seg_logits),
-            CLF: _over_known(clf, batch["label"] >= 0, known.labels, output.cls_logits),
-        }
+        losses = {}
+        if output.seg_logits.shape[1]:
+            losses[SEG] = _over_known(seg, batch["has_mask"], known.masks, output.seg_logits)
+        if output.cls_logits.shape[1]:
+            losses[CLF] = _over_known(clf, batch["label"] >= 0, known.labels, output.cls_logits)
+        return losses
 
 
 @dataclass(frozen=True)

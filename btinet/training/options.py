@@ -68,6 +68,21 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+# What `btinet ablate` chooses for each of its runs.
+CHOSEN_BY_ABLATE = (
+    "out",
+    "seed",
+    "fold",
+    "extend_epochs",
+    "interaction",
+    "signals",
+    "pool",
+    "multi_scale",
+    "directions",
+    "tasks",
+)
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Options of ``btinet train``."""
@@ -156,6 +171,13 @@ class TrainOptions:
         "proxies", "What feeds the gates: BTI-Net's proxies or its predecessor's variances."
     )
     pool: Literal["gap", "softmax"] = option("gap", "How segmentation context is pooled for classification.")
+    multi_scale: bool = option(True, "Multi-scale context fusion in the residual blocks.")
+    directions: Literal["both", "seg_to_clf", "clf_to_seg"] = option(
+        "both", "Which way the interaction works; with one of them, the other stream passes as it is."
+    )
+    tasks: Literal["both", "segmentation", "classification"] = option(
+        "both", "What the network learns; for one task give --interaction none, and its score alone selects the model."
+    )
     decoder_channels: list[int] | None = option(None, "Widths of the decoder levels, coarse to fine.")
     freeze_stages: int | None = option(
         None,

@@ -65,11 +65,14 @@ class Stage:
 
 
 def train_network(session: Session) -> None:
-    """Stage 1: the whole network on both tasks; leaves the best weights in the network."""
+    """Stage 1: the whole network on its tasks; leaves the best weights in the network."""
     options, recipe = session.options, session.recipe
     trained = [p for p in session.network.parameters() if p.requires_grad]
     method = options.weighting
-    weighting = WEIGHTINGS.get(method, Weighting)({SEG: recipe.seg_weight, CLF: recipe.clf_weight})
+    weights = {SEG: recipe.seg_weight, CLF: recipe.clf_weight}
+    if options.tasks != "both":
+        weights = {SEG: 1.0} if options.tasks == "segmentation" else {CLF: 1.0}
+    weighting = WEIGHTINGS.get(method, Weighting)(weights)
     weighting.to(session.fabric.device)
     balancer = GradientBalancer(method, trained) if method in AGGREGATORS else None
     stage = Stage(
@@ -155,7 +158,9 @@ class _StageRun:
         trained = self._train(module, optimizer, title)
         self.epoch += 1
         with nullcontext() if self.average is None else self.average.applied():
-            measured = validate(session.fabric, module, session.loaders, stage.objective, session.recipe)
+            measured = validate(
+                session.fabric, module, session.loaders, stage.objective, session.recipe, session.options.tasks
+            )
             row = {"stage": stage.number, "epoch": self.epoch, **trained, **measured, **weights}
             row |= {"learning_rate": rate, "seconds": round(time.perf_counter() - started, 2)}
             stage.schedule.observe(row["val_score"])
@@ -166,9 +171,11 @@ class _StageRun:
         if self.ended is None and (self.epoch >= stage.epochs or stage.stopping.exhausted):
             self.ended = self.epoch
         session.writer.epoch(self._state(), better, last=self.is_over())
+        scores = (("IoU", "val_iou"), ("accuracy", "val_accuracy"))
+        known = "".join(f"{name} {row[key]:.4f}  " for name, key in scores if key in row)
         session.console.print(
-            f"{title}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  IoU {row['val_iou']:.4f}  "
-            f"accuracy {row['val_accuracy']:.4f}  {row['seconds']:.0f} s" + ("  [bold]best[/bold]" if better else "")
+            f"{title}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  {known}{row['seconds']:.0f} s"
+            + ("  [bold]best[/bold]" if better else "")
         )
         if self.ended == self.epoch < stage.epochs:
             session.console.print(

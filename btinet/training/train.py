@@ -58,7 +58,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
     Raises:
         UserError: unusable options, data or weights, a diverging loss, or a folder that cannot be written.
     """
-    _check(options)
+    check_options(options)
     run_folder.claim(Path(options.out))
     return _run(options, _console(console))
 
@@ -79,7 +79,7 @@ def resume(folder: Path, extend_epochs: int = 0, console: Console | None = None)
     if extend_epochs < 0:
         raise UserError(f"--extend-epochs {extend_epochs}: must be at least 0.")
     options = replace(options, extend_epochs=options.extend_epochs + extend_epochs)
-    _check(options)
+    check_options(options)
     state = read_state(folder, extending=extend_epochs > 0)
     console = _console(console)
     if state is not None and _is_finished(folder, state, options):
@@ -139,7 +139,7 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
     )
     check_files(parts["test"], options.channels, mask_format)  # what would spoil the evaluation shows now
     val_set = SegmentationDataset(parts["val"], preprocessing, mask_format=mask_format, memory_share=memory_share)
-    if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
+    if options.tasks != "classification" and not any(val_set[i]["mask"].any() for i in range(len(val_set))):
         raise UserError(
             f"{options.data}: no validation image shows a lesion at {size[0]}×{size[1]}, so no model can be selected "
             "by IoU; use another --seed or --split."
@@ -233,7 +233,8 @@ def _is_finished(folder: Path, state: RunState, options: TrainOptions) -> bool:
     return state.stage == last_stage and over and run_folder.count_metrics(folder) == len(state.rows)
 
 
-def _check(options: TrainOptions) -> None:
+def check_options(options: TrainOptions) -> None:
+    """Raise ``UserError`` for options that are unusable whatever the data."""
     smallest = {
         "epochs": 1,
         "stage2_epochs": 0,
@@ -258,6 +259,9 @@ def _check(options: TrainOptions) -> None:
     if options.tensorboard:
         require_tensorboard()
     precision = engine.precision_of(options)
+    _recipe(options)
+    if options.tasks != "both" and options.weighting != "fixed":
+        raise UserError(f"--weighting {options.weighting}: balances two tasks, not with --tasks {options.tasks}.")
     if options.weighting in AGGREGATORS:
         for what, found in (
             ("--precision 16-mixed", precision == "16-mixed"),
@@ -307,15 +311,19 @@ def _losses(recipe: Recipe) -> LossOptions:
     )
 
 
+def find_groups(options: TrainOptions, collection: Collection) -> tuple[dict[str, str], dict[str, str]]:
+    """The groups that a split respects, and the near-duplicates where they were searched for: sample id → group."""
+    if options.groups is not None:
+        return read_groups(Path(options.groups)), {}
+    if options.split is not None or options.manifest is not None:  # both say which images belong together
+        return {}, {}
+    found = near_duplicate_groups(collection.samples)
+    return without_prescribed(collection.samples, found), found
+
+
 def _split(options: TrainOptions, collection: Collection) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """The split, the groups it respects, and the near-duplicates where they were searched for."""
-    groups: dict[str, str] = {}
-    found: dict[str, str] = {}
-    if options.groups is not None:
-        groups = read_groups(Path(options.groups))
-    elif options.split is None and options.manifest is None:  # both say which images belong together
-        found = near_duplicate_groups(collection.samples)
-        groups = without_prescribed(collection.samples, found)
+    groups, found = find_groups(options, collection)
     if options.split is not None:
         return read_split(Path(options.split), collection, options.fold), groups, found
     return split_collection(collection, groups, seed=options.seed), groups, found
@@ -333,6 +341,9 @@ def _network(options: TrainOptions, recipe: Recipe, num_classes: int, mask_class
         signals=options.signals,
         pool=options.pool,
         mask_classes=mask_classes,
+        multi_scale=options.multi_scale,
+        directions=options.directions,
+        tasks=options.tasks,
     )
     for layer in network.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
