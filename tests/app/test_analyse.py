@@ -327,3 +327,25 @@ def test_images_without_a_mask_or_a_class_are_analysed(
     gate = analysis.levels["d1"].gates["seg"]
     assert (gate.overall.n, gate.by_class["benign"].n, gate.correlation["seg"].n) == (3, 2, 1)
     assert "2 of 3 images have no lesion or no mask" in " ".join(analysis.notes)
+
+
+@pytest.mark.parametrize("interaction", ["fixed", "gated"])
+@pytest.mark.parametrize("direction", ["seg_to_clf", "clf_to_seg"])
+def test_one_way_networks_have_one_direction(make_run: MakeRun, direction: str, interaction: str) -> None:
+    run = make_run(interaction, directions=direction)
+    analysis = analyse_run(AnalyseOptions(run, bootstrap=100))
+    assert all(set(level.displacement) == {direction} for level in analysis.levels.values())
+    moved = [n for n in read_rows(run / "analysis-test" / "images.csv")[0] if n.startswith("displacement_")]
+    assert len(moved) == (4 if interaction == "fixed" else 8)
+    assert all(direction in name for name in moved)
+    assert any("One-way" in note for note in analysis.notes)
+    print_analysis(analysis, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(("tasks", "known"), [("segmentation", "seg"), ("classification", "clf")])
+def test_networks_for_one_task_have_one_difficulty(make_run: MakeRun, tasks: str, known: str) -> None:
+    analysis = analyse_run(AnalyseOptions(make_run("none", tasks=tasks), bootstrap=100))
+    for task, difficulty in analysis.difficulty.items():
+        assert (difficulty.overall.n > 0) == (task == known)
+    assert any(f"for {tasks} alone" in note for note in analysis.notes)
+    assert "no interaction" in analysis.notes[0]

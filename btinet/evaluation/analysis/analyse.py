@@ -108,7 +108,7 @@ def analyse_run(options: AnalyseOptions) -> Analysis:
 
 def _images(results: Sequence[ImageResult], classes: Sequence[str]) -> Images:
     seg = [1 - r.scores.iou if r.scores is not None and r.scores.target_pixels else math.nan for r in results]
-    clf = [1 - float(result.probabilities.max()) for result in results]
+    clf = [1 - float(r.probabilities.max()) if r.probabilities.size else math.nan for r in results]
     labels = [classes[result.sample.label] if result.sample.label >= 0 else None for result in results]
     return Images(labels, classes, {"seg": np.array(seg), "clf": np.array(clf)})
 
@@ -135,13 +135,16 @@ def _level(
         return summarise_signal(columns[name], images, limits=limits, resamples=bootstrap)
 
     gated = interaction == "gated"
-    stages = {"none": {}, "fixed": {BEFORE: False}, "gated": {BEFORE: False, AFTER: True}}[interaction]
     return LevelAnalysis(
         interaction=interaction,
         displacement={
-            direction: {stage: summary(column(direction, level, gated=after)) for stage, after in stages.items()}
+            direction: {
+                stage: summary(column(direction, level, gated=after))
+                for stage, after in ((BEFORE, False), (AFTER, True))
+                if column(direction, level, gated=after) in columns
+            }
             for direction in DIRECTIONS
-            if stages
+            if column(direction, level, gated=False) in columns
         },
         gates={stream: summary(f"gate_{stream}_{level}", (0.0, 1.0)) for stream in STREAMS if gated},
         proxies={name: summary(f"proxy_{name}_{level}") for name in proxy_names if gated},
@@ -153,13 +156,19 @@ def _notes(levels: Mapping[str, LevelAnalysis], config: BTINetConfig, images: Im
     notes = [f"{', '.join(names)}: {_MISSING[kind]}" for kind, names in of_kind.items() if names]
     if config.signals == "variance" and any(level.gates for level in levels.values()):
         notes.append("The gates compare the images of a batch with each other: another batch size gives other gates.")
+    if config.directions != "both":
+        notes.append(
+            f"One-way interaction, {ARROWS[config.directions]}: the other stream passes; a gate of it does nothing."
+        )
+    if config.tasks != "both":
+        notes.append(f"A network for {config.tasks} alone: the other task has no difficulty.")
     without = int(np.isnan(images.difficulty["seg"]).sum())
-    if without:
+    if without and config.tasks != "classification":
         of = f"{without} of {len(images.labels)}"
         notes.append(f"{of} images have no lesion or no mask, so no difficulty of the segmentation.")
     for task, values in images.difficulty.items():
         n = int((~np.isnan(values)).sum())
-        if n < FEW_IMAGES:
+        if n < FEW_IMAGES and config.tasks in ("both", TASKS[task]):
             notes.append(
                 f"Only {n} images have a difficulty of the {TASKS[task]}: its intervals are not to be relied on."
             )
@@ -172,7 +181,11 @@ def _figures(analysis: Analysis, columns: Mapping[str, Sequence[float]]) -> dict
     gated = tuple(name for name, level in levels.items() if level.gates)
     boxes = GateTable(gated, (), *(_transposed([columns[f"gate_{s}_{name}"] for name in gated]) for s in STREAMS))
     moved = {name: level.displacement for name, level in levels.items() if level.displacement}
-    proposals = {arrow: {n: of[direction][BEFORE] for n, of in moved.items()} for direction, arrow in ARROWS.items()}
+    proposals = {
+        arrow: {n: of[direction][BEFORE] for n, of in moved.items()}
+        for direction, arrow in ARROWS.items()
+        if any(direction in of for of in moved.values())
+    }
     gates = {f"{stream} gate": {name: levels[name].gates[stream] for name in gated} for stream in STREAMS}
     return {
         "displacement.png": displacement_figure(levels) if moved else None,
@@ -190,7 +203,7 @@ def _row(position: int, result: ImageResult, images: Images, columns: Mapping[st
     row: dict[str, Any] = {
         "image": result.sample.id,
         "label": images.labels[position] or "",
-        "predicted": images.classes[int(result.probabilities.argmax())],
+        "predicted": images.classes[int(result.probabilities.argmax())] if result.probabilities.size else None,
         "iou": None if result.scores is None else result.scores.iou,
         "target_pixels": None if result.scores is None else result.scores.target_pixels,
     }

@@ -30,7 +30,14 @@ def displacement(base: Tensor, moved: Tensor) -> Tensor:
 def interactions(network: BTINet) -> dict[str, Interaction]:
     """How each decoder level interacts, coarse to fine."""
     kinds: dict[Any, Interaction] = {TaskInteractionModule: "fixed", TaskInteractionLevel: "gated"}
-    return {name: kinds.get(type(level.interaction), "none") for name, level in network.levels.items()}
+    return {
+        name: kinds.get(type(getattr(level, "interaction", None)), "none") for name, level in network.levels.items()
+    }
+
+
+def directions(network: BTINet) -> tuple[Direction, ...]:
+    """The directions in which the tasks interact; of a one-way network only that one."""
+    return tuple(d for d in DIRECTIONS if network.config.directions in ("both", d))
 
 
 def column(direction: Direction, level: str, *, gated: bool) -> str:
@@ -44,7 +51,8 @@ def recorded_displacements(network: BTINet) -> Iterator[dict[str, list[float]]]:
 
     Yields the columns (see ``column``), one value per image and in their order. What the interaction enhances is what
     the level's own TIM makes of the tensors that reach it, before the gate; what passes is what the level returns.
-    Levels without an interaction have no column, levels without a gate only that of the enhanced features.
+    Levels without an interaction have no column, levels without a gate only that of the enhanced features, and a
+    direction in which the network does not interact has none.
 
     Args:
         network: in evaluation mode, where running TIM a second time changes nothing.
@@ -53,8 +61,9 @@ def recorded_displacements(network: BTINet) -> Iterator[dict[str, list[float]]]:
 
     def record(level: str, base: Sequence[Tensor], moved: Sequence[Tensor], *, gated: bool) -> None:
         for direction, before, after in zip(DIRECTIONS, base, moved, strict=True):
-            name = column(direction, level, gated=gated)
-            columns.setdefault(name, []).extend(displacement(before, after).tolist())
+            if direction in directions(network):
+                name = column(direction, level, gated=gated)
+                columns.setdefault(name, []).extend(displacement(before, after).tolist())
 
     def measure(level: str, module: nn.Module, base: tuple[Tensor, Tensor], result: Sequence[Tensor]) -> None:
         if isinstance(module, TaskInteractionLevel):
@@ -64,9 +73,9 @@ def recorded_displacements(network: BTINet) -> Iterator[dict[str, list[float]]]:
             record(level, base, result, gated=False)
 
     handles = [
-        level.interaction.register_forward_hook(partial(measure, name))
+        interaction.register_forward_hook(partial(measure, name))
         for name, level in network.levels.items()
-        if isinstance(level.interaction, nn.Module)
+        if isinstance(interaction := getattr(level, "interaction", None), nn.Module)
     ]
     try:
         yield columns
