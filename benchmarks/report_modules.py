@@ -26,7 +26,7 @@ def network_report(results: Path) -> str:
         "(network). *eager* and *compile* are plain PyTorch modules and `torch.compile` of them, *ours compiled* is\n"
         "`torch.compile` of ours. Module forwards are without recording; those of *ours* keep merged weights.\n",
     ]
-    for measured in _measured(results):
+    for folder, measured in _measured(results):
         machine = measured[0]["machine"]
         parts.append(f"## {machine['cpu']}, {machine['cores']} cores\n")
         parts.append(f"torch {machine['torch']}, {machine['allocator']}, {machine['date']}.\n")
@@ -43,14 +43,14 @@ def network_report(results: Path) -> str:
             parts.append(_sums(cases))
             parts.append(_losses(cases))
         parts += [_peaks(m["cases"]) for m in own]
-        parts.append(_profile(results / machine["slug"] / "network_profile.json"))
+        parts.append(_profile(folder / "network_profile.json"))
     return "\n".join(part for part in parts if part)
 
 
 def network_summary(results: Path) -> str:
     """What the README shows: the whole network, and every operator over all its shapes."""
     parts = []
-    for measured in _measured(results):
+    for _, measured in _measured(results):
         machine = measured[0]["machine"]
         cases = [case for m in measured if m["machine"]["allocator"] == machine["allocator"] for case in m["cases"]]
         where = f"{machine['cpu']}, {machine['cores']} threads, torch {machine['torch']}, {machine['date']}"
@@ -61,13 +61,13 @@ def network_summary(results: Path) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _measured(results: Path) -> Iterator[list[dict[str, Any]]]:
+def _measured(results: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """What there is of each machine, the network first."""
     for folder in sorted(results.iterdir()) if results.exists() else ():
         names = ("network", "foreign", "modules", "loading", "network_system_malloc")
         files = [folder / f"{name}.json" for name in names]
         if measured := [json.loads(file.read_text()) for file in files if file.exists()]:
-            yield measured
+            yield folder, measured
 
 
 def _table(cases: Iterable[Case]) -> str:
