@@ -311,7 +311,8 @@ def test_activations_of_two_dtypes_promote() -> None:
 @pytest.mark.parametrize(
     ("name", "layout", "dtype", "gradient", "fused"),
     [
-        ("joint", "rows", torch.float32, False, True),
+        ("joint", "rows", torch.float32, True, True),
+        ("joint", "rows", torch.float32, False, False),
         ("joint", "planes", torch.float32, True, False),
         ("joint", "rows", torch.bfloat16, True, False),
         ("gate", "planes", torch.float32, True, True),

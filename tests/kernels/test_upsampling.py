@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from btinet_kernels import fused_upsample_twice, use_backend
+from btinet_kernels.upsampling import native as upsampling_native
 from btinet_kernels.upsampling.op import upsample_twice, upsample_twice_gradient
 
 # [B, C, H, W] and O. Tiles have 96 positions of any images, vectors 16 channels, panels 48 columns, the register block
@@ -229,3 +230,14 @@ def test_wrong_shapes_are_named() -> None:
         fused_upsample_twice(dense((2, 5, 9, 9), "rows"), weight, bias)
     with pytest.raises(ValueError, match=r"bias is \[3\]"):
         fused_upsample_twice(dense((2, 4, 9, 9), "rows"), weight, bias.new_zeros(3))
+
+
+@pytest.mark.parametrize(("outputs", "gradient", "ours"), [(7, True, True), (7, False, False), (40, False, True)])
+def test_auto_leaves_narrow_forwards_to_pytorch(
+    outputs: int, gradient: bool, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, call = [], upsampling_native.call
+    monkeypatch.setattr(upsampling_native, "call", lambda *args: calls.append(args[0]) or call(*args))
+    x, of = dense((2, 5, 4, 6), "rows", torch.float32), weights(5, outputs, dtype=torch.float32)
+    fused_upsample_twice(x, *(w.requires_grad_(gradient) for w in of))
+    assert len(calls) == ours
