@@ -68,12 +68,12 @@ def depthwise_of_parts(  # type: ignore[no-untyped-def]
         left = column * geometry.stride[1] - geometry.padding[1]
         corner = x + address(top, left, x_strides)[:, None]
         total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32) + shift
-        for tap in tl.static_range(HIGH * WIDE):
-            down, right = tap // WIDE * geometry.dilation[0], tap % WIDE * geometry.dilation[1]
-            valid = inside & within(top + down, left + right, size[0], size[1])[:, None]
-            further = tap // WIDE * step_down + tap % WIDE * step_right
-            value = tl.load(corner + further, valid, 0.0).to(tl.float32)
-            total += value * tl.load(taps + tap * channels + c, c < channels, 0.0)[None, :]
+        for down in range(HIGH):  # not unrolled: what all taps load would not fit the registers
+            y = top + down * geometry.dilation[0]
+            for right in tl.static_range(WIDE):
+                valid = inside & within(y, left + right * geometry.dilation[1], size[0], size[1])[:, None]
+                value = tl.load(corner + down * step_down + right * step_right, valid, 0.0).to(tl.float32)
+                total += value * tl.load(taps + (down * WIDE + right) * channels + c, c < channels, 0.0)[None, :]
         at = out + address(row, column, out_strides)[:, None]
         tl.store(at, total.to(out.dtype.element_ty), inside)
 
@@ -110,14 +110,18 @@ def depthwise_input_gradient(  # type: ignore[no-untyped-def]
         row, column = n // columns * geometry.stride[0] + first_row, n % columns * geometry.stride[1] + first_column
         inside = within(row, column, size[0], size[1])[:, None] & in_c
         total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        for tap in tl.static_range(HIGH * WIDE):
-            up = first_row + geometry.padding[0] - tap // WIDE * geometry.dilation[0]
-            back = first_column + geometry.padding[1] - tap % WIDE * geometry.dilation[1]
-            if (up % geometry.stride[0] == 0) & (back % geometry.stride[1] == 0):
-                y, z = n // columns + up // geometry.stride[0], n % columns + back // geometry.stride[1]
-                valid = inside & within(y, z, out_size[0], out_size[1])[:, None]
-                upstream = tl.load(d_out + address(y, z, d_out_strides)[:, None], valid, 0.0).to(tl.float32)
-                total += upstream * tl.load(taps + tap * channels + c, c < channels, 0.0)[None, :]
+        for down in range(HIGH):
+            up = first_row + geometry.padding[0] - down * geometry.dilation[0]
+            if up % geometry.stride[0] == 0:
+                y = n // columns + up // geometry.stride[0]
+                for right in tl.static_range(WIDE):
+                    back = first_column + geometry.padding[1] - right * geometry.dilation[1]
+                    if back % geometry.stride[1] == 0:
+                        z = n % columns + back // geometry.stride[1]
+                        valid = inside & within(y, z, out_size[0], out_size[1])[:, None]
+                        upstream = tl.load(d_out + address(y, z, d_out_strides)[:, None], valid, 0.0).to(tl.float32)
+                        tap = (down * WIDE + right) * channels
+                        total += upstream * tl.load(taps + tap + c, c < channels, 0.0)[None, :]
         at = d_x + address(row, column, d_x_strides)[:, None]
         tl.store(at, total.to(d_x.dtype.element_ty), inside)
 

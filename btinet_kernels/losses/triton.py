@@ -21,7 +21,8 @@ from btinet_kernels.losses.triton_passes import (
     response_gradients_of_tiles,
 )
 
-TILE = 512  # positions: four for each thread of four warps
+# Positions: two for each thread of four warps. With four the registers are all but used up.
+TILE = 256
 
 Strides = tuple[int, int, int]  # batch, row, column
 
@@ -31,7 +32,7 @@ class Masks(NamedTuple):
 
     logits: Tensor
     logits_strides: Strides
-    target: Tensor  # float32, or zeros and ones in bytes
+    target: Tensor  # float32, or zeros and ones in bytes or bits
     target_strides: Strides
     height: int
     width: int
@@ -91,8 +92,7 @@ def _tiles(logits: Tensor) -> tuple[int, int]:
 
 
 def _masks(logits: Tensor, target: Tensor) -> Masks:
-    stored = target.view(torch.uint8) if target.dtype == torch.bool else target
-    return Masks(logits, _strides(logits), stored, _strides(target), *logits.shape[2:])
+    return Masks(logits, _strides(logits), target, _strides(target), *logits.shape[2:])
 
 
 def _strides(masks: Tensor) -> Strides:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.nn import functional as F
 from triton_support import DEVICE, HALF, PROMISES, SERVED, interpreted_in_parts, on_device, on_hardware, run_interpreted
 
 from btinet_kernels import SegmentationLossOptions, fused_segmentation_loss, use_backend
@@ -19,7 +20,7 @@ if SERVED:
 
 SOFT = SegmentationLossOptions()
 HARD = SegmentationLossOptions(hard_boundary=True, empty_masks="tversky")
-# Filters reach two positions; tiles hold 512 and their sums are added 128 at a time.
+# Filters reach two positions; tiles hold 256 and their sums are added 128 at a time.
 SHAPES = [(3, 6, 9), (1, 1, 1), (1, 1, 7), (2, 9, 1), pytest.param((3, 30, 37), marks=pytest.mark.slow)]
 ROUNDED = 2.0**-24
 CROSS_ENTROPY, CURVATURE = map(MaskStatistics._fields.index, ("cross_entropy", "curvature"))
@@ -96,6 +97,20 @@ class TestStatistics:
         monkeypatch.setattr(passes, "TILE", 16)
         compare(*problem(shape))
 
+    def test_sums_of_tiles_are_added_in_float64(self) -> None:
+        parts = torch.rand(2, 10, 300, device=DEVICE)
+        found, mean = (torch.full(shape, torch.nan, dtype=torch.float64, device=DEVICE) for shape in ((2, 8), (2,)))
+        passes.mask_statistics_of_images[(2,)](parts, found, mean, 70, 300, BLOCK_T=128)
+        total = parts.double().sum(2)
+        means = total / 70
+        exact = [
+            *total[:, :3].unbind(1),
+            *means[:, 3:6].unbind(1),
+            *(means[:, k + 1] - means[:, k] ** 2 for k in (6, 8)),
+        ]
+        torch.testing.assert_close(found, torch.stack(exact, 1), rtol=1e-13, atol=0)
+        torch.testing.assert_close(mean, means[:, 8], rtol=1e-13, atol=0)
+
     def test_each_statistic_has_its_own_gradient(self) -> None:
         """One in each image."""
         logits, target = problem((len(MaskStatistics._fields), 4, 5))
@@ -129,12 +144,12 @@ class TestStatistics:
 
     def test_saturated_logits(self) -> None:
         logits, target = problem((2, 6, 11))
-        logits[torch.rand_like(logits) < 0.3] = 100
-        logits[torch.rand_like(logits) < 0.3] = -100
+        logits[torch.rand_like(logits) < 0.3] = 17
+        logits[torch.rand_like(logits) < 0.3] = -17
         compare(logits, target)
         upstream = upstream_of(logits)
         upstream[:, CROSS_ENTROPY] = 0
-        assert (ours(logits, target, upstream, SOFT)[1][logits.abs() == 100] == 0).all()
+        assert (ours(logits, target, upstream, SOFT)[1][logits.abs() == 17] == 0).all()
 
     def test_cross_entropy_of_every_size_of_logits(self) -> None:
         """Relative errors, also where the prediction is right and hardly anything is left."""
@@ -145,12 +160,19 @@ class TestStatistics:
         torch.testing.assert_close(found[:, CROSS_ENTROPY], exact, rtol=16 * ROUNDED, atol=0)
 
     def test_a_constant_prediction_has_no_boundary_inside(self) -> None:
-        logits = torch.full((1, 1, 20, 20), 0.3, device=DEVICE)
+        """There the response is exactly zero, and so is its slope; only at the edges of the image it is not."""
+        logits = torch.full((1, 1, 12, 14), 0.3, device=DEVICE)
         upstream = torch.zeros(1, len(MaskStatistics._fields), dtype=torch.float64, device=DEVICE)
-        upstream[0, CURVATURE] = 1
+        upstream[0, CURVATURE] = logits.numel()
         gradient = ours(logits, torch.zeros_like(logits), upstream, SOFT)[1]
-        assert gradient[..., :3, :].abs().max() > 0
-        assert (gradient[..., 4:-4, 4:-4] == 0).all()
+        p, kernel = (
+            logits.double().sigmoid(),
+            torch.tensor(reference.curvature_kernel(), device=DEVICE)[None, None].double(),
+        )
+        response = F.conv2d(-p, kernel, padding=2)
+        response[..., 2:-2, 2:-2] = 0
+        exact = -F.conv2d(response.sign(), kernel, padding=2) * p * (1 - p)
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-6)
 
     def test_repeats_are_bit_identical(self) -> None:
         logits, target = problem((1, 5, 120))

@@ -361,9 +361,9 @@ class TestPositionGate:
 
     @pytest.mark.parametrize("view", VIEWS)
     def test_strides_are_honoured(self, view) -> None:  # type: ignore[no-untyped-def]
-        x, upstream = view(dense((3, 6, 5, 6), "planes")), view(dense((3, 6, 5, 6), "rows"))
+        x, h, upstream = (view(dense((3, 6, 5, 6), layout)) for layout in ("planes", "rows", "planes"))
         _, _, _, *weights = self.problem((1, 1, 1), 1, x.shape[1], "rows")
-        self.check(x, x + 1, upstream[:1].expand_as(x), *weights)
+        self.check(x, h, upstream[:1].expand_as(x), *weights)
 
     def test_nan_reaches_its_position(self) -> None:
         x, h, upstream, *weights = self.problem((2, 9, 8), 5, 4, "rows")
