@@ -13,7 +13,13 @@ import triton
 from torch import Tensor
 
 from btinet_kernels.gates.triton_position_gate import position_gate_gradient_of_tiles, position_gate_of_tiles
-from btinet_kernels.interaction.triton_tiles import channel_block, launch, layout_of, position_block
+from btinet_kernels.interaction.triton_tiles import (
+    MOST_REGISTERS,
+    channel_block,
+    launch,
+    layout_of,
+    position_block,
+)
 
 TILE = 2048  # elements: sixteen for each thread of four warps
 
@@ -95,4 +101,5 @@ def _tiles(x: Tensor) -> tuple[int, dict[str, Any]]:
     count = x.shape[2:].numel()
     block_c = channel_block(x.shape[1]) if x.stride(1) == 1 else 16  # planes are read in long runs of positions
     block_n = position_block(len(x), count, most=TILE // block_c)
-    return len(x) * triton.cdiv(count, block_n), {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4}
+    blocks = {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4, "maxnreg": MOST_REGISTERS}
+    return len(x) * triton.cdiv(count, block_n), blocks

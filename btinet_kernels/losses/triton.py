@@ -24,18 +24,23 @@ from btinet_kernels.losses.triton_passes import (
 # Positions: two for each thread of four warps. With four the registers are all but used up.
 TILE = 256
 
-Strides = tuple[int, int, int]  # batch, row, column
-
 
 class Masks(NamedTuple):
-    """Logits and target of the images, ``[B, 1, height, width]``."""
+    """Logits and target of the images, ``[B, 1, height, width]``, and their strides, in a tuple without tuples.
+
+    Triton 3.6 loses those on the way to a function of a function.
+    """
 
     logits: Tensor
-    logits_strides: Strides
     target: Tensor  # float32, or zeros and ones in bytes or bits
-    target_strides: Strides
     height: int
     width: int
+    logits_batch: int
+    logits_row: int
+    logits_column: int
+    target_batch: int
+    target_row: int
+    target_column: int
 
 
 class Responses(NamedTuple):
@@ -92,8 +97,9 @@ def _tiles(logits: Tensor) -> tuple[int, int]:
 
 
 def _masks(logits: Tensor, target: Tensor) -> Masks:
-    return Masks(logits, _strides(logits), target, _strides(target), *logits.shape[2:])
+    return Masks(logits, target, *logits.shape[2:], *_strides(logits), *_strides(target))
 
 
-def _strides(masks: Tensor) -> Strides:
+def _strides(masks: Tensor) -> tuple[int, int, int]:
+    """Of batch, row and column."""
     return masks.stride(0), masks.stride(2), masks.stride(3)

@@ -31,9 +31,9 @@ def probability(logit):  # type: ignore[no-untyped-def]
 def loaded(masks, sample, row, column, valid):  # type: ignore[no-untyped-def]
     """Logits and target in float32, 0 where not ``valid``."""
     y, x = row.to(tl.int64), column.to(tl.int64)
-    of_logits, of_target = masks.logits_strides, masks.target_strides
-    logit = tl.load(masks.logits + sample * of_logits[0] + y * of_logits[1] + x * of_logits[2], valid, 0.0)
-    target = tl.load(masks.target + sample * of_target[0] + y * of_target[1] + x * of_target[2], valid, 0)
+    of_logits = sample * masks.logits_batch + y * masks.logits_row + x * masks.logits_column
+    of_target = sample * masks.target_batch + y * masks.target_row + x * masks.target_column
+    logit, target = tl.load(masks.logits + of_logits, valid, 0.0), tl.load(masks.target + of_target, valid, 0)
     return logit.to(tl.float32), target.to(tl.float32)
 
 
