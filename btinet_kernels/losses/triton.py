@@ -97,7 +97,8 @@ def _tiles(logits: Tensor) -> tuple[int, int]:
 
 
 def _masks(logits: Tensor, target: Tensor) -> Masks:
-    return Masks(logits, target, *logits.shape[2:], *_strides(logits), *_strides(target))
+    height, width = logits.shape[2:]
+    return Masks(logits, target, height, width, *_strides(logits), *_strides(target))
 
 
 def _strides(masks: Tensor) -> tuple[int, int, int]:

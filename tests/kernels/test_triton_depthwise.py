@@ -109,8 +109,7 @@ class TestDepthwise:
     def test_shapes(self, shape: tuple[int, ...], layout: str) -> None:
         Problem(shape, (5, 2, 2, 1), layout).check()
 
-    @pytest.mark.parametrize("dtype", HALF)
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(("layout", "dtype"), zip(LAYOUTS, HALF, strict=True))
     def test_half_precision(self, layout: str, dtype: torch.dtype) -> None:
         Problem((2, 17, 7, 6), (3, 2, 1, 1), layout, dtype).check()
 
@@ -123,6 +122,7 @@ class TestDepthwise:
         monkeypatch.setattr(passes, "TILE_WITH_SUMS", 256)
         Problem((1, 3, 13, 11), geometry, layout).check()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("view", VIEWS)
     def test_strides_are_honoured(self, view) -> None:  # type: ignore[no-untyped-def]
         x, upstream = view(dense((3, 6, 5, 6), "planes")), view(dense((3, 6, 5, 6), "rows"))
