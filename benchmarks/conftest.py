@@ -8,7 +8,7 @@ from typing import Any
 
 import machine
 
-from btinet.allocator import keep_pages
+from btinet.allocator import SYSTEM_DEFAULT, keep_pages
 
 keep_pages()  # before anything is allocated, the same for all variants
 
@@ -48,6 +48,7 @@ class Recorder:
         self.modules: list[dict[str, Any]] = []
         self.network: list[dict[str, Any]] = []
         self.foreign: list[dict[str, Any]] = []
+        self.loading: list[dict[str, Any]] = []
         self._measured: list[tuple[Workload, str, dict[str, Any]]] = []
         self._deadline = time.monotonic() + config.getoption("time_limit")
 
@@ -90,6 +91,10 @@ class Recorder:
             **measured,
         }
 
+    def others(self) -> dict[str, list[dict[str, Any]]]:
+        """What was measured beside the interaction, by the name of its file."""
+        return {"modules": self.modules, "network": self.network, "foreign": self.foreign, "loading": self.loading}
+
     def write(self, cases: list[dict[str, Any]], folder: Path) -> list[Path]:
         """The interaction's cases, and each of the others', a file each, where any were measured."""
         described = machine.describe(self.device)
@@ -98,13 +103,13 @@ class Recorder:
         if cases:
             content = {"machine": described, "limits": self.limits.as_dict(), "cases": cases}
             written.append(_write(folder / "interaction.json", content | {"not_measured": self.not_measured}))
-        others = {"modules": self.modules, "network": self.network, "foreign": self.foreign}
-        for name, measured in others.items():
+        ending = "_system_malloc" if described["allocator"] == SYSTEM_DEFAULT else ""
+        for name, measured in self.others().items():
             if measured:
                 peaks = {what: round(rate / 1e9, 1) for what, rate in cpu_peaks().items()}
                 content = {"machine": described, "peak_gflop_per_s": peaks, "cases": measured}
                 content |= {"not_measured": self.not_measured}
-                written.append(_write(folder / f"{name}.json", content))
+                written.append(_write(folder / f"{name}{ending}.json", content))
         return written
 
 
@@ -162,7 +167,7 @@ def module_problem(request: pytest.FixtureRequest, recorder: Recorder) -> Module
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     recorder = config.stash[_recorder]
     cases = recorder.finish()
-    others = recorder.modules + recorder.network + recorder.foreign
+    others = [case for measured in recorder.others().values() for case in measured]
     if not cases and not others:
         return
     terminalreporter.section("interleaved medians in ms (quartiles), and the machine's limit")

@@ -1,4 +1,4 @@
-"""BTI-Net-B4 at 224² end to end: a training step and inference, plain PyTorch and ours.
+"""BTI-Net (B4 unless said otherwise) at 224² end to end: a training step and inference, plain PyTorch and ours.
 
 As a script it prints the peak memory of one variant in a process of its own:
 ``python benchmarks/network.py training 8 ours``.
@@ -46,11 +46,12 @@ class NetworkCase:
     mode: str
     batch: int
     dropout: float = 0.0
+    model: str = MODEL
 
     @property
     def name(self) -> str:
         details = ", fused Adam" * (self.mode == TRAINING) + f", dropout {self.dropout}" * (self.dropout > 0)
-        return f"{MODEL}, {self.mode}{details}, B={self.batch}, {SIZE}x{SIZE}, float32, channels_last"
+        return f"{self.model}, {self.mode}{details}, B={self.batch}, {SIZE}x{SIZE}, float32, channels_last"
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ class NetworkProblem:
     def __init__(self, case: NetworkCase, names: tuple[str, ...] = VARIANTS) -> None:
         torch.manual_seed(0)
         self.case = case
-        network = create_model(MODEL, CLASSES, dropout=0.0).to(memory_format=torch.channels_last)
+        network = create_model(case.model, CLASSES, dropout=0.0).to(memory_format=torch.channels_last)
         network.train(case.mode == TRAINING)
         images = torch.randn(case.batch, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
         self.images = images
@@ -97,10 +98,14 @@ class NetworkProblem:
             error = float((result - first["eager"]).abs().max() / first["eager"].abs().max())
             if not error <= allowed:
                 raise GateError(f"{self.case.name}: {name} differs by {error:.1e} from eager ({allowed:.0e} allowed)")
+        self.set_dropout()
+        return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self._steps}  # type: ignore[misc]
+
+    def set_dropout(self) -> None:
+        """That of the case; without it until then, so that variants can be compared."""
         for module in (m for network in self._networks.values() for m in network.modules()):
             if isinstance(module, nn.Dropout):
                 module.p = self.case.dropout
-        return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self._steps}  # type: ignore[misc]
 
     def run(self, name: str, direction: str) -> Tensor:
         """One step; the loss, or the segmentation's logits."""

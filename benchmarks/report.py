@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         (options.docs / "interaction_benchmarks.md").write_text(full_report(results))
         draw(results, options.docs / "interaction_roofline.png")
-    if any(options.results.glob("*/modules.json")) or any(options.results.glob("*/network.json")):
+    if any(any(options.results.glob(f"*/{name}.json")) for name in ("modules", "network", "loading")):
         (options.docs / "network_benchmarks.md").write_text(network_report(options.results))
     slugs = ", ".join(result["machine"]["slug"] for result in results)
     print(f"reported: {slugs or f'nothing, there are no results in {options.results}'}")

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from report_targets import target_rows
+
 VARIANTS = ("eager", "compile", "ours", "ours compiled")
 BASELINES = ("eager", "compile")
 Case = dict[str, Any]
@@ -28,13 +30,20 @@ def network_report(results: Path) -> str:
         machine = measured[0]["machine"]
         parts.append(f"## {machine['cpu']}, {machine['cores']} cores\n")
         parts.append(f"torch {machine['torch']}, {machine['allocator']}, {machine['date']}.\n")
-        parts += [_peak_rates(m) for m in measured]
-        for cases in (m["cases"] for m in measured):
+        own = [m for m in measured if m["machine"]["allocator"] == machine["allocator"]]
+        parts += [_peak_rates(m) for m in own]
+        rows = target_rows(case for m in own for case in m["cases"])
+        parts.append(_lines([("training and inference in float32 unless said", "wanted", "measured", ""), *rows]))
+        for cases, allocator in ((m["cases"], m["machine"]["allocator"]) for m in measured):
+            if allocator != machine["allocator"]:
+                parts.append(f"With another memory allocator, {allocator}:\n")
             parts.append(_table(case for case in cases if "operator" in case))
-            parts.append(_network_table(case for case in cases if "operator" not in case))
+            parts.append(_network_table(_networks(cases)))
+            parts.append(_loading(case for case in cases if "images" in case))
             parts.append(_sums(cases))
             parts.append(_losses(cases))
-        parts += [_peaks(m["cases"]) for m in measured]
+        parts += [_peaks(m["cases"]) for m in own]
+        parts.append(_profile(results / machine["slug"] / "network_profile.json"))
     return "\n".join(part for part in parts if part)
 
 
@@ -42,10 +51,11 @@ def network_summary(results: Path) -> str:
     """What the README shows: the whole network, and every operator over all its shapes."""
     parts = []
     for measured in _measured(results):
-        machine, cases = measured[0]["machine"], [case for m in measured for case in m["cases"]]
+        machine = measured[0]["machine"]
+        cases = [case for m in measured if m["machine"]["allocator"] == machine["allocator"] for case in m["cases"]]
         where = f"{machine['cpu']}, {machine['cores']} threads, torch {machine['torch']}, {machine['date']}"
         parts.append(f"\n**{where}**\n")
-        parts.append(_network_table(case for case in cases if "operator" not in case))
+        parts.append(_network_table(_networks(cases)))
         parts.append(_peaks(cases))
         parts.append(_sums(cases))
     return "\n".join(part for part in parts if part)
@@ -54,7 +64,8 @@ def network_summary(results: Path) -> str:
 def _measured(results: Path) -> Iterator[list[dict[str, Any]]]:
     """What there is of each machine, the network first."""
     for folder in sorted(results.iterdir()) if results.exists() else ():
-        files = [folder / f"{name}.json" for name in ("network", "foreign", "modules")]
+        names = ("network", "foreign", "modules", "loading", "network_system_malloc")
+        files = [folder / f"{name}.json" for name in names]
         if measured := [json.loads(file.read_text()) for file in files if file.exists()]:
             yield measured
 
@@ -79,6 +90,24 @@ def _network_table(cases: Iterable[Case]) -> str:
             ratios = [f"{found[n]['median_ms'] / summary['median_ms']:.2f}" if n in found else "–" for n in BASELINES]
             lines.append((case["name"], name, _spread(summary), *ratios))
     return _lines(lines)
+
+
+def _networks(cases: Iterable[Case]) -> Iterator[Case]:
+    """Those that are neither of one operator nor of the loading of images."""
+    return (case for case in cases if "operator" not in case and "images" not in case)
+
+
+def _loading(cases: Iterable[Case]) -> str:
+    """Images per second, prepared and taken."""
+    lines = [("case", "variant", "images/s (quartiles)")]
+    for case in cases:
+        for name, summary in case["variants"].items():
+            median, slow, fast = (1000 * case["images"] / summary[f"{q}_ms"] for q in ("median", "q3", "q1"))
+            lines.append((_label(case), name, f"{_rate(median)} ({_rate(slow)} … {_rate(fast)})"))
+    explained = (
+        "Images that the loader prepares, the start of its workers included, and that a training step takes:\n\n"
+    )
+    return explained + _lines(lines) if len(lines) > 1 else ""
 
 
 def _lines(rows: list[tuple[str, ...]]) -> str:
@@ -135,8 +164,36 @@ def _peak_rates(measured: dict[str, Any]) -> str:
     return f"Peak rates after the measurement of {what}, GFLOP/s: {listed}.\n"
 
 
+def _profile(file: Path) -> str:
+    """Where a training step's time goes, and the least time that its arithmetic needs."""
+    if not file.exists():
+        return ""
+    content = json.loads(file.read_text())
+    rates = content["peak_gflop_per_s"]
+    least = ", ".join(
+        f"{content['gflop'] / rates[name] * 1e3:.0f} ms at {rates[name]:.0f} GFLOP/s ({name.replace('_', ' ')})"
+        for name in ("fma_float32", "product_float32")
+    )
+    parts = [
+        f"### Profile of {content['case']}\n",
+        f"{content['gflop']:.0f} GFLOP in convolutions and products: at least {least}.\n"
+        "CPU time of each operator without what it calls, averaged over steps that were recorded, which costs time\n"
+        "(`python benchmarks/network_profile.py`).\n",
+    ]
+    for variant, times in content["profiles"].items():
+        total = sum(times.values())
+        rows = [(f"{variant}: operator", "ms", "share")]
+        rows += [(f"`{name}`", f"{ms:.0f}", f"{ms / total:.0%}") for name, ms in times.items()]
+        parts.append(_lines([*rows, ("together", f"{total:.0f}", "")]))
+    return "\n".join(parts)
+
+
 def _spread(summary: dict[str, float] | None) -> str:
     return f"{summary['median_ms']:.1f} ({summary['q1_ms']:.1f} … {summary['q3_ms']:.1f})" if summary else "–"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _label(case: Case) -> str:

@@ -13,6 +13,7 @@ import sys
 from btinet.errors import UserError
 
 ENVIRONMENT_VARIABLE = "BTINET_MALLOC"
+SYSTEM_DEFAULT = "the system's default"
 TOP_PAD = 64 << 20
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
@@ -49,7 +50,7 @@ def description() -> str:
     theirs = _set_by_user()
     if _glibc() is None and os.environ.get("LD_PRELOAD"):
         theirs.append(f"LD_PRELOAD={os.environ['LD_PRELOAD']}")
-    return f"as the environment says ({', '.join(theirs)})" if theirs else "the system's default"
+    return f"as the environment says ({', '.join(theirs)})" if theirs else SYSTEM_DEFAULT
 
 
 def _set_by_user() -> list[str]:

@@ -1,15 +1,14 @@
-"""The command line: ``btinet train | evaluate | predict | convert | data | demo | models | backends``.
+"""The command line: ``btinet train``, ``evaluate``, ``analyse``, ``predict``, ``ablate`` and so on.
 
-Exit codes: 0 done, 1 ``data check`` found what should be corrected, 2 the input cannot be used (one sentence on
-standard error), 130 interrupted.
+Exit codes: 0 done, 1 ``data check`` found what should be corrected or runs of ``ablate`` failed, 2 the input cannot be
+used (one sentence on standard error), 130 interrupted.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -19,7 +18,8 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 from btinet import __version__
 from btinet.allocator import keep_pages
 from btinet.errors import UserError
-from btinet.training.options import TrainOptions
+from btinet.quiet import quiet_libraries
+from btinet.training.options import CHOSEN_BY_ABLATE, TrainOptions
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:
             keep_pages()  # before a command imports torch
         options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
-        _quiet()
+        quiet_libraries()
         return _COMMANDS[options.command](options[options.command]) or 0
     except ArgumentError as error:
         return _refuse(_in_flags(" ".join(str(error).split())))
@@ -78,12 +78,24 @@ def _train(options: Namespace) -> None:
 
 
 def _evaluate(options: Namespace) -> None:
-    from btinet.data import LayoutOptions
     from btinet.evaluation import EvaluateOptions, evaluate_run, print_summary
 
+    print_summary(evaluate_run(EvaluateOptions(**_with_layout(options))))
+
+
+def _analyse(options: Namespace) -> None:
+    from btinet.evaluation.analysis import AnalyseOptions, analyse_run, print_analysis
+
+    print_analysis(analyse_run(AnalyseOptions(**_with_layout(options))))
+
+
+def _with_layout(options: Namespace) -> dict[str, Any]:
+    """The values of a command, those of the layout in one."""
+    from btinet.data import LayoutOptions
+
     values = options.as_dict()
-    layout_options = LayoutOptions(**{field.name: values.pop(field.name) for field in fields(LayoutOptions)})
-    print_summary(evaluate_run(EvaluateOptions(**values, layout_options=layout_options)))
+    of_layout = {field.name: values.pop(field.name) for field in fields(LayoutOptions)}
+    return {**values, "layout_options": LayoutOptions(**of_layout)}
 
 
 def _predict(options: Namespace) -> None:
@@ -92,6 +104,19 @@ def _predict(options: Namespace) -> None:
     values = options.as_dict()
     rows = predict_files(PredictOptions(**{**values, "inputs": tuple(values["inputs"])}))
     print(f"{len(rows)} image{'s' * (len(rows) != 1)} predicted, written to {options.out}")
+
+
+def _ablate(options: Namespace) -> int:
+    from btinet.experiments.ablation import AblateOptions, ablate
+
+    values = options.as_dict()
+    values.pop("config")
+    for name in ("data", "out"):
+        if values[name] is None:
+            raise UserError(f"ablate needs {_flag(name)}.")
+    own = {name: values.pop(name) for name in ("out", "variants", "table", "seeds", "folds", "reference")}
+    failures = ablate(AblateOptions(**own, train=TrainOptions(**values, out=str(own["out"]))))
+    return int(bool(failures))
 
 
 def _data(options: Namespace) -> int:
@@ -147,7 +172,9 @@ def _backends(options: Namespace) -> None:
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "analyse": _analyse,
     "predict": _predict,
+    "ablate": _ablate,
     "data": _data,
     "convert": _convert,
     "demo": _demo,
@@ -167,7 +194,9 @@ def _parser() -> ArgumentParser:
     for name, build in (
         ("train", _train_parser),
         ("evaluate", _evaluate_parser),
+        ("analyse", _analyse_parser),
         ("predict", _predict_parser),
+        ("ablate", _ablate_parser),
         ("data", _data_parser),
         ("convert", _convert_parser),
         ("demo", _demo_parser),
@@ -184,14 +213,21 @@ def _parser() -> ArgumentParser:
 def _train_parser() -> ArgumentParser:
     parser = _sub("Train a network in two stages.")
     parser.add_argument("--config", action="config", help="YAML file of these options, e.g. a run's config.yaml.")
-    hints = get_type_hints(TrainOptions)
     parser.add_argument(
         "--resume",
         type=Path | None,
         default=None,
         help="Folder of an interrupted run to continue with its own options; only --extend-epochs may be added.",
     )
+    _add_train_options(parser)
+    return parser
+
+
+def _add_train_options(parser: ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    hints = get_type_hints(TrainOptions)
     for option in fields(TrainOptions):
+        if option.name in leave_out:
+            continue
         if hints[option.name] is bool:
             kind: dict[str, Any] = {"action": ActionYesNo(no_prefix="no-")}
         elif option.default is MISSING:
@@ -200,23 +236,11 @@ def _train_parser() -> ArgumentParser:
             kind = {"type": hints[option.name]}
         default = None if option.default is MISSING else option.default
         parser.add_argument(_flag(option.name), default=default, help=option.metadata["help"], **kind)
-    return parser
 
 
 def _evaluate_parser() -> ArgumentParser:
     parser = _sub("Score a run on the images it was not trained on.")
-    parser.add_argument("run", type=Path, help="Folder of the run.")
-    parser.add_argument("--data", type=Path | None, default=None, help="The data, if they moved or are others.")
-    parser.add_argument("--dataset", type=str | None, default=None, help="Layout of --data; recognised without.")
-    _add_layout_options(parser)
-    parser.add_argument("--manifest", type=Path | None, default=None, help="manifest.json of --data.")
-    parser.add_argument(
-        "--split",
-        type=Literal["train", "val", "test", "all"],
-        default="test",
-        help="Part of the run's split, or all images.",
-    )
-    parser.add_argument("--out", type=Path | None, default=None, help="Results; default: inside the run.")
+    _add_run_and_data(parser)
     parser.add_argument(
         "--eval-size",
         type=Literal["native", "model"],
@@ -230,6 +254,15 @@ def _evaluate_parser() -> ArgumentParser:
         help="HD95 where exactly one of the two masks is empty.",
     )
     _add_device_and_batch(parser)
+    _add_precision(parser)
+    return parser
+
+
+def _analyse_parser() -> ArgumentParser:
+    parser = _sub("Show what the interaction of a run does: displacement, gates and proxies, by difficulty.")
+    _add_run_and_data(parser)
+    parser.add_argument("--bootstrap", type=int, default=2000, help="Resamples behind the intervals.")
+    _add_device_and_batch(parser)
     return parser
 
 
@@ -242,6 +275,41 @@ def _predict_parser() -> ArgumentParser:
         "--threshold", type=float, default=0.5, help="Lesion probability above which a pixel is lesion."
     )
     _add_device_and_batch(parser)
+    _add_precision(parser)
+    return parser
+
+
+def _ablate_parser() -> ArgumentParser:
+    parser = _sub("Train variants of the network over seeds and folds, and compare them.")
+    parser.add_argument("--config", action="config", help="YAML file of these options.")
+    parser.add_argument(
+        "--out", type=Path | None, default=None, help="Folder of the ablation, new or with runs of it to continue."
+    )
+    parser.add_argument(
+        "--variants",
+        type=str | None,
+        default=None,
+        help="Names of variants, separated by commas; see docs/ablation.md.",
+    )
+    parser.add_argument(
+        "--table",
+        type=Literal["paper", "all"] | None,
+        default=None,
+        help="Instead of --variants: the six of the paper's table, the default, or every variant.",
+    )
+    parser.add_argument(
+        "--seeds", type=int | str, default=1, help="How many, from 42 on, or which, e.g. 0,1,2; a single one as 7,."
+    )
+    parser.add_argument(
+        "--folds", type=int | None, default=None, help="Cross-validation with this many folds; default: one split."
+    )
+    parser.add_argument(
+        "--reference",
+        type=str | None,
+        default=None,
+        help="The variant that the others are compared with; default: gated if it is there, else the first.",
+    )
+    _add_train_options(parser, leave_out=CHOSEN_BY_ABLATE)
     return parser
 
 
@@ -256,6 +324,7 @@ def _add_data_commands(parser: ArgumentParser) -> None:
     check.add_argument("--split", type=Path | None, default=None, help="Look for leaks between the parts of this file.")
     check.add_argument("--fold", type=int | None, default=None, help="With folds in --split: the one that is tested.")
     check.add_argument("--mask-threshold", type=int | None, default=None, help="As in btinet train.")
+    check.add_argument("--mask-classes", type=str | None, default=None, help="As in btinet train.")
     check.add_argument(
         "--out", type=Path | None, default=None, help="The manifest; default: manifest.json in the data's folder."
     )
@@ -316,6 +385,21 @@ def _sub(description: str) -> ArgumentParser:
     return ArgumentParser(description=description, exit_on_error=False)
 
 
+def _add_run_and_data(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="Folder of the run.")
+    parser.add_argument("--data", type=Path | None, default=None, help="The data, if they moved or are others.")
+    parser.add_argument("--dataset", type=str | None, default=None, help="Layout of --data; recognised without.")
+    _add_layout_options(parser)
+    parser.add_argument("--manifest", type=Path | None, default=None, help="manifest.json of --data.")
+    parser.add_argument(
+        "--split",
+        type=Literal["train", "val", "test", "all"],
+        default="test",
+        help="Part of the run's split, or all images.",
+    )
+    parser.add_argument("--out", type=Path | None, default=None, help="Results; default: inside the run.")
+
+
 def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="Folder of the data set, or the CSV file.")
     parser.add_argument("--dataset", type=str, default="auto", help="Layout of the data; auto recognises it.")
@@ -335,23 +419,20 @@ def _add_layout_options(parser: ArgumentParser) -> None:
 
 def _add_device_and_batch(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=Device, default="auto", help="Where to compute.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Images at a time.")
+
+
+def _add_precision(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         type=Literal["float32", "bfloat16"],
         default="float32",
         help="What the network computes in; bfloat16 is faster on CPUs with AVX512_BF16.",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="Images at a time.")
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _quiet() -> None:
-    # Advice of libraries to their own callers, not to whoever runs this command.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(lightning|torch|timm)\..*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|torch|timm)\..*")
 
 
 if __name__ == "__main__":

@@ -350,16 +350,24 @@ class ResidualBlock(nn.Module):
         channels: C.
         attention: whether ``DualPathAttention`` follows the fusion.
         spatial_dims: 1, 2 or 3.
+        multi_scale: whether there is the fusion.
     """
 
-    def __init__(self, in_channels: int, channels: int, attention: bool = True, spatial_dims: int = 2) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        attention: bool = True,
+        spatial_dims: int = 2,
+        multi_scale: bool = True,
+    ) -> None:
         super().__init__()
         norm = _NORMS[spatial_dims]
         self.conv1 = SeparableConv(in_channels, channels, spatial_dims=spatial_dims)
         self.norm1 = norm(channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
         self.conv2 = SeparableConv(channels, channels, spatial_dims=spatial_dims)
         self.norm2 = norm(channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
-        self.multi_scale = MultiScaleContextFusion(channels, spatial_dims=spatial_dims)
+        self.multi_scale = MultiScaleContextFusion(channels, spatial_dims=spatial_dims) if multi_scale else None
         self.attention = DualPathAttention(channels, spatial_dims) if attention else None
         self.projection = _CONVOLUTIONS[spatial_dims](in_channels, channels, 1) if in_channels != channels else None
         initialise(self)
@@ -367,7 +375,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
         out = self.conv1(x, relu=True, norm=self.norm1)
-        out = self.multi_scale(self.conv2(out, norm=self.norm2))
+        out = self.conv2(out, norm=self.norm2)
+        if self.multi_scale is not None:
+            out = self.multi_scale(out)
         residual = x if self.projection is None else self.projection(x)
         return F.relu(out + residual) if self.attention is None else self.attention(out, residual)
 

@@ -7,11 +7,20 @@ from btinet.data.images import read_image, read_mask
 from btinet.data.layout_options import LayoutOptions
 from btinet.data.layouts import DATASETS, check_trainable, read_collection
 from btinet.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from btinet.data.masks import MaskFormat
 from btinet.data.preprocessing import Preprocessing, default_preprocessing, resize_image, resize_mask
 from btinet.data.sample import sample_csv
 from btinet.data.samples import Collection, Sample
 from btinet.data.source import DataSource
-from btinet.data.splits import SPLITS, fold_collection, read_split, split_collection, write_folds, write_split
+from btinet.data.splits import (
+    SPLITS,
+    fold_collection,
+    number_of_folds,
+    read_split,
+    split_collection,
+    write_folds,
+    write_split,
+)
 
 __all__ = [
     "DATASETS",
@@ -24,6 +33,7 @@ __all__ = [
     "EpochBatches",
     "Finding",
     "LayoutOptions",
+    "MaskFormat",
     "Preprocessing",
     "Sample",
     "SegmentationDataset",
@@ -33,6 +43,7 @@ __all__ = [
     "default_preprocessing",
     "fold_collection",
     "near_duplicate_groups",
+    "number_of_folds",
     "read_collection",
     "read_groups",
     "read_image",

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from btinet.data.groups import near_duplicate_groups, straddling_groups
-from btinet.data.images import describe_mask, image_mode, map_in_threads, read_image, read_mask
+from btinet.data.images import describe_mask, image_mode, map_in_threads, read_image
 from btinet.data.layouts import check_trainable
+from btinet.data.masks import MaskFormat
 from btinet.data.samples import Collection, Sample
 from btinet.errors import UserError
 
@@ -71,14 +72,14 @@ class _Inspected:
     hashes: dict[Path, str] = field(default_factory=dict)
 
 
-def audit(collection: Collection, mask_threshold: int | None = None) -> Audit:
+def audit(collection: Collection, mask_format: MaskFormat = MaskFormat()) -> Audit:  # noqa: B008
     """Read every file of a data set and report what is wrong.
 
     Args:
         collection: the samples; ``Sample.split`` is what leaks are looked for between.
-        mask_threshold: see ``read_mask``.
+        mask_format: how masks are to be read.
     """
-    inspected = list(map_in_threads(lambda sample: _inspect(sample, mask_threshold), collection.samples))
+    inspected = list(map_in_threads(lambda sample: _inspect(sample, mask_format), collection.samples))
     readable = [entry.sample for entry in inspected if entry.image_error is None]
     near = near_duplicate_groups(readable)
     hashes = {path: digest for entry in inspected for path, digest in entry.hashes.items()}
@@ -113,7 +114,7 @@ def file_hash(path: Path) -> str:
         raise UserError(f"{path}: could not be read ({error.strerror or error}).") from error
 
 
-def _inspect(sample: Sample, mask_threshold: int | None) -> _Inspected:
+def _inspect(sample: Sample, mask_format: MaskFormat) -> _Inspected:
     result = _Inspected(sample)
     try:
         height, width, _ = read_image(sample.image, 3).shape
@@ -123,14 +124,14 @@ def _inspect(sample: Sample, mask_threshold: int | None) -> _Inspected:
         result.image_error = str(error)
         return result
     lesion = False
-    for path in sample.masks:
+    for path in sample.masks or ():
         try:
-            lesion |= bool(read_mask([path], height, width, mask_threshold).any())
+            lesion |= bool(mask_format.read([path], height, width).any())
             result.mask_kinds.append(describe_mask(path))
             result.hashes[path] = file_hash(path)
         except UserError as error:
             result.mask_errors.append(str(error))
-    if not result.mask_errors:
+    if sample.masks is not None and not result.mask_errors:
         result.lesion = lesion
     return result
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from btinet.data.audit import Audit, Finding, audit
 from btinet.data.groups import near_duplicate_groups, read_groups, without_prescribed
 from btinet.data.manifest import MANIFEST_NAME, write_manifest
+from btinet.data.masks import MaskFormat
 from btinet.data.samples import Collection, Sample
 from btinet.data.source import DataSource
 from btinet.data.splits import SPLITS, fold_collection, read_split, split_collection, write_folds, write_split
@@ -44,7 +45,7 @@ def check_data(options: Mapping[str, Any], console: Console | None = None) -> in
         collection = replace(collection, samples=divided)
     elif options["fold"] is not None:
         raise UserError(f"--fold {options['fold']}: needs the folds to choose from; give them with --split FILE.")
-    result = audit(collection, options["mask_threshold"])
+    result = audit(collection, MaskFormat.from_options(options))
     _print_audit(console, collection, result, None if options["all"] else ENTRIES_SHOWN)
     if not result.usable:
         console.print("no manifest written: training would refuse the data until the errors are corrected")

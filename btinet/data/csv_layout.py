@@ -13,6 +13,7 @@ from btinet.data.tables import read_table
 from btinet.errors import UserError
 
 CSV_TREE = "one CSV file with the columns image,mask,label and, if wanted, group,split"
+UNKNOWN = "?"  # in the column mask: nobody drew one
 _REQUIRED = ("image", "label")
 
 
@@ -57,9 +58,8 @@ def _only_csv(folder: Path) -> Path:
 
 def _sample(table: Path, line: int, row: dict[str, str], classes: tuple[str, ...]) -> Sample:
     image = _existing(table, line, "image", row["image"])
-    masks = tuple(
-        _existing(table, line, "mask", name.strip()) for name in row.get("mask", "").split(";") if name.strip()
-    )
+    named = [name.strip() for name in row.get("mask", UNKNOWN).split(";") if name.strip()]
+    masks = None if named == [UNKNOWN] else tuple(_existing(table, line, "mask", name) for name in named)
     label, split = row["label"], row.get("split", "")
     if label and label not in classes:
         raise UserError(

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from btinet.data.images import map_in_threads, read_image, read_mask
+from btinet.data.images import map_in_threads, read_image
+from btinet.data.masks import MaskFormat
 from btinet.data.preprocessing import Preprocessing, resize_image, resize_mask
 from btinet.data.samples import Sample
 from btinet.errors import UserError
@@ -62,8 +63,9 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     The resized pixels stay in memory if they take at most ``memory_share`` of what is free; else each access reads
     its files again.
 
-    An item is a dict of ``image`` float32 [C, H, W] (normalised), ``mask`` float32 [1, H, W] in {0, 1},
-    ``label`` int64 scalar (-1: not labelled) and ``index`` int (position in ``samples``). The key is (index,
+    An item is a dict of ``image`` float32 [C, H, W] (normalised), ``mask`` float32 [classes, H, W] in {0, 1},
+    ``has_mask`` bool scalar (False: nobody drew one, ``mask`` is all 0), ``label`` int64 scalar (-1: not labelled) and
+    ``index`` int (position in ``samples``). The key is (index,
     epoch), or an index alone for epoch 0. Augmentation depends on (seed, epoch, index) only: not on workers,
     order or the global random state, which stays untouched. With ``copies`` = n the length is (1 + n) ·
     len(samples); items from len(samples) on are the augmented copies.
@@ -73,7 +75,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         preprocessing: size, channels and normalisation.
         augmentation: None: none.
         seed: of the augmentation, not negative.
-        mask_threshold: see ``read_mask``.
+        mask_format: how masks are read.
         memory_share: of the free memory that the pixels may take; 0: none.
 
     Attributes:
@@ -90,7 +92,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         *,
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        mask_threshold: int | None = None,
+        mask_format: MaskFormat = MaskFormat(),  # noqa: B008
         memory_share: float = 0.5,
     ) -> None:
         self.samples = tuple(samples)
@@ -99,11 +101,12 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self._copies = augmentation.copies if augmentation else 0
         self._transform = _transform(augmentation) if augmentation else None
-        self._mask_threshold = mask_threshold
+        self._mask_format = mask_format
+        self._numbers = torch.arange(1, len(mask_format.classes) + 1, dtype=torch.uint8).view(-1, 1, 1)
         height, width = preprocessing.image_size
         self.in_memory = len(samples) * (preprocessing.channels + 1) * height * width <= memory_share * free_memory()
         if not self.in_memory:
-            check_files(self.samples, preprocessing.channels, mask_threshold)
+            check_files(self.samples, preprocessing.channels, mask_format)
             return
         self._images = torch.empty((len(samples), preprocessing.channels, height, width), dtype=torch.uint8)
         self._masks = torch.empty((len(samples), 1, height, width), dtype=torch.uint8)
@@ -111,11 +114,11 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             self._images[index], self._masks[index] = image, mask
 
     def _load(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Return the resized image uint8 [C, H, W] and mask uint8 [1, H, W]."""
-        image, mask = _read(sample, self.preprocessing.channels, self._mask_threshold)
+        """Return the resized image uint8 [C, H, W] and mask uint8 [1, H, W], which holds numbers of classes."""
+        image, mask = _read(sample, self.preprocessing.channels, self._mask_format)
         size = self.preprocessing.image_size
         pixels = torch.from_numpy(resize_image(image, size)).permute(2, 0, 1)
-        return pixels, torch.from_numpy(resize_mask(mask, size)).to(torch.uint8).unsqueeze(0)
+        return pixels, torch.from_numpy(resize_mask(mask, size)).unsqueeze(0)
 
     def __len__(self) -> int:
         return len(self.samples) * (1 + self._copies)
@@ -133,7 +136,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             image, mask = self._augmented(image, mask, (0 if copy else epoch, index, copy))
         return {
             "image": self.preprocessing.normalise(image),
-            "mask": mask.to(torch.float32),
+            "mask": (mask == self._numbers).to(torch.float32),
+            "has_mask": torch.tensor(self.samples[index].masks is not None),
             "label": torch.tensor(self.samples[index].label, dtype=torch.int64),
             "index": index,
         }
@@ -147,11 +151,11 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
-def check_files(samples: Sequence[Sample], channels: int, mask_threshold: int | None = None) -> None:
+def check_files(samples: Sequence[Sample], channels: int, mask_format: MaskFormat) -> None:
     """Read every image and mask once; raises ``UserError`` at the first that cannot be used."""
 
     def check(sample: Sample) -> None:
-        _read(sample, channels, mask_threshold)
+        _read(sample, channels, mask_format)
 
     for _ in map_in_threads(check, samples):
         pass
@@ -173,9 +177,9 @@ def free_memory() -> int:
         return free
 
 
-def _read(sample: Sample, channels: int, mask_threshold: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _read(sample: Sample, channels: int, mask_format: MaskFormat) -> tuple[np.ndarray, np.ndarray]:
     image = read_image(sample.image, channels)
-    return image, read_mask(sample.masks, image.shape[0], image.shape[1], mask_threshold)
+    return image, mask_format.read(sample.masks or (), *image.shape[:2])
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -37,7 +37,7 @@ def read_image(path: Path, channels: int) -> np.ndarray:
     """
     if channels not in (1, 3):
         raise UserError(f"channels: found {channels}, expected 1 (grey) or 3 (RGB).")
-    picture = _decode(path)
+    picture = decode(path)
     if picture.mode == "F":
         raise UserError(f"{path}: holds floating-point pixels; save it as an 8-bit image first.")
     if picture.mode.startswith("I"):
@@ -68,13 +68,9 @@ def read_mask(paths: Sequence[Path], height: int, width: int, threshold: int | N
     """
     union = np.zeros((height, width), dtype=bool)
     for path in paths:
-        picture = _decode(path)
-        if picture.size != (width, height):
-            raise UserError(
-                f"{path}: the mask is {picture.width}×{picture.height} pixels but its image is "
-                f"{width}×{height} (width×height); they must have the same size."
-            )
-        union |= _binarise(path, _mask_values(path, picture), threshold)
+        picture = decode(path)
+        require_size(path, picture, height, width)
+        union |= _binarise(path, mask_values(path, picture), threshold)
     return union
 
 
@@ -86,8 +82,8 @@ def image_mode(path: Path) -> str:
 
 def describe_mask(path: Path) -> str:
     """Return Pillow's mode of a mask and the values in it, such as "L, values 0 and 255"; see ``read_mask``."""
-    picture = _decode(path)
-    values = np.unique(_mask_values(path, picture)).tolist()
+    picture = decode(path)
+    values = np.unique(mask_values(path, picture)).tolist()
     what = " and ".join(map(str, values)) if len(values) <= 2 else f"{len(values)} of {values[0]} to {values[-1]}"
     return f"{picture.mode}, value{'s' * (len(values) > 1)} {what}"
 
@@ -98,7 +94,17 @@ def map_in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item])
         yield from pool.map(function, items)
 
 
-def _decode(path: Path) -> Image.Image:
+def require_size(path: Path, mask: Image.Image, height: int, width: int) -> None:
+    """Refuse a mask that has not the size of its image."""
+    if mask.size != (width, height):
+        raise UserError(
+            f"{path}: the mask is {mask.width}×{mask.height} pixels but its image is "
+            f"{width}×{height} (width×height); they must have the same size."
+        )
+
+
+def decode(path: Path) -> Image.Image:
+    """Decode a picture and turn it upright, in whatever mode it is stored; raises ``UserError`` as ``read_image``."""
     try:
         with Image.open(path, formats=_FORMATS) as handle:
             if handle.width * handle.height > MAX_PIXELS:
@@ -127,8 +133,8 @@ def _high_byte(path: Path, pixels: np.ndarray) -> np.ndarray:
     return (pixels >> 8).astype(np.uint8)
 
 
-def _mask_values(path: Path, picture: Image.Image) -> np.ndarray:
-    """Return the values of a mask as integers [H, W] or [H, W, 3]."""
+def mask_values(path: Path, picture: Image.Image) -> np.ndarray:
+    """Return the values of a mask as integers [H, W] or [H, W, 3]; ``UserError`` for a mode without such values."""
     if picture.mode == "P":
         colours = np.asarray(picture.convert("RGB"))
         return colours if colours.any() else np.asarray(picture)

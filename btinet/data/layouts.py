@@ -78,8 +78,9 @@ def read_collection(
     * ``folders``: like busi, with one folder per class of any name. A class of which no image has a mask is one
       without lesions.
     * ``csv``: a table (or the folder that holds exactly one such ``*.csv``) with the columns image and label,
-      and optionally mask (several separated by ``;``, empty: no lesion), group and split (train, val, test).
-      Paths are relative to the table's folder or absolute; an empty label means: not labelled.
+      and optionally mask (several separated by ``;``; empty: no lesion; ``?`` or no such column: not known), group
+      and split (train, val, test). Paths are relative to the table's folder or absolute; an empty label means: not
+      labelled.
     * ``auto``: whichever of these is there.
 
     Args:

@@ -52,7 +52,7 @@ def write_manifest(path: Path, collection: Collection, audit: Audit) -> None:
             {
                 "id": s.id,
                 "image": entry(s.image),
-                "masks": [entry(mask) for mask in s.masks],
+                "masks": None if s.masks is None else [entry(mask) for mask in s.masks],
                 "label": collection.classes[s.label] if s.label >= 0 else None,
                 "group": groups.get(s.id),
                 "split": s.split,
@@ -84,7 +84,7 @@ def read_manifest(path: Path, data: Path, classes: Sequence[str] | None = None) 
         expected = {
             root / entry["file"]: entry["sha256"]
             for sample in content["samples"]
-            for entry in (sample["image"], *sample["masks"])
+            for entry in (sample["image"], *(sample["masks"] or ()))
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a whole manifest ({error}); write it again with btinet data check.") from error
@@ -112,7 +112,7 @@ def _sample(path: Path, root: Path, classes: tuple[str, ...], entry: dict[str, A
     return Sample(
         id=entry["id"],
         image=root / entry["image"]["file"],
-        masks=tuple(root / mask["file"] for mask in entry["masks"]),
+        masks=None if entry["masks"] is None else tuple(root / mask["file"] for mask in entry["masks"]),
         label=-1 if entry["label"] is None else label_of(entry["label"], classes, f"{path}: {entry['id']}"),
         group=entry["group"],
         split=entry["split"],

@@ -118,9 +118,9 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize bool [H, W] to (height, width), nearest neighbour."""
+    """Resize bool or uint8 [H, W] to (height, width), nearest neighbour."""
     resized = Image.fromarray(mask.astype(np.uint8)).resize((size[1], size[0]), Image.Resampling.NEAREST)
-    return np.array(resized, dtype=bool)
+    return np.array(resized, dtype=mask.dtype)
 
 
 def _require(condition: bool, name: str, found: object, expected: str) -> None:

@@ -13,7 +13,8 @@ class Sample:
     Attributes:
         id: path of the image relative to the collection's root, POSIX form; unique within the collection.
         image: the image file.
-        masks: mask files whose union is the lesion; empty: no lesion, an all-zero mask.
+        masks: mask files whose union is the lesion; empty: no lesion, an all-zero mask; None: nobody drew one, the
+            image takes no part in the segmentation.
         label: index into ``Collection.classes``; -1: not labelled.
         group: samples with the same group (one patient, one lesion) never straddle a split.
         split: "train", "val" or "test" when the data set prescribes it.
@@ -22,7 +23,7 @@ class Sample:
 
     id: str
     image: Path
-    masks: tuple[Path, ...]
+    masks: tuple[Path, ...] | None
     label: int
     group: str | None = None
     split: str | None = None

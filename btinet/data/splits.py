@@ -204,6 +204,12 @@ def read_split(path: Path, collection: Collection, fold: int | None = None) -> d
     return split
 
 
+def number_of_folds(path: Path) -> int | None:
+    """Return how many folds a file written by ``write_folds`` holds; None for a split. Raises as ``read_split``."""
+    numbers = {row["fold"] for _, row in read_table(path, ("image", "split")) if row.get("fold")}
+    return len(numbers) or None
+
+
 def _with_fold(path: Path, table: _Table, fold: int | None) -> _Table:
     """Replace fold numbers by the part that they mean when ``fold`` is held out."""
     numbers = {row["fold"] for _, row in table if row.get("fold")}
@@ -264,8 +270,8 @@ def _contents(labels: np.ndarray, component: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _stratum_numbers(samples: Sequence[Sample]) -> np.ndarray:
-    """Number the pairs of label and stratum that occur."""
-    pairs = [(sample.label, sample.stratum) for sample in samples]
+    """Number the combinations of label, stratum and absence of a mask that occur."""
+    pairs = [(sample.label, sample.stratum, sample.masks is None) for sample in samples]
     numbers = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
     return np.array([numbers[pair] for pair in pairs])
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from btinet.evaluation.classification import ClassificationScores
 from btinet.evaluation.evaluate import Summary
-from btinet.evaluation.segmentation import MEASURES, SegmentationColumn
+from btinet.evaluation.segmentation import MEASURES, SegmentationColumn, SegmentationSummary
 
 MEASURE_NAMES = {
     "iou": "IoU",
@@ -46,9 +46,16 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         f"[bold]{summary.images} images[/bold] of split {summary.split!r}, scored at {summary.eval_size} size.",
         highlight=False,
     )
-    console.print(_segmentation_table(summary))
+    if summary.segmentation is not None:
+        console.print(_segmentation_table(summary.segmentation, summary.baselines))
+    elif summary.images_without_mask < summary.images:
+        console.print("The network does not segment: no lesion scores.")
+    if summary.images_without_mask:
+        console.print(f"{summary.images_without_mask} images have no mask and count for the classes only.")
+    if summary.segmentation_by_class:
+        console.print(_mask_class_table(summary.segmentation_by_class))
     if summary.classification is None:
-        console.print("No image is labelled: no class scores.")
+        console.print("No image is labelled, or the network does not classify: no class scores.")
     else:
         console.print(_classification_table(summary.classification))
         console.print(_class_table(summary.classification))
@@ -64,23 +71,23 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
-def _segmentation_table(summary: Summary) -> Table:
-    scores = summary.segmentation
+def _segmentation_table(scores: SegmentationSummary, baselines: dict[str, dict[str, float]]) -> Table:
+    columns = scores.lesion_images, scores.all_images
     table = Table(title="Segmentation: mean ± sd (median)", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("", "lesion images", "n", "all images", "n"):
         table.add_column(heading, justify="left" if not heading else "right")
     for measure in MEASURES:
         digits = 1 if measure == "hd95" else 3
-        cells = [cell for column in _columns(summary) for cell in _measure_cells(column, measure, digits)]
+        cells = [cell for column in columns for cell in _measure_cells(column, measure, digits)]
         table.add_row(MEASURE_NAMES[measure], *cells)
     for name, attribute in (("pooled IoU", "pooled_iou"), ("pooled Dice", "pooled_dice")):
-        lesion, every = (number(getattr(column, attribute)) for column in _columns(summary))
+        lesion, every = (number(getattr(column, attribute)) for column in columns)
         table.add_row(name, lesion, "", every, "")
     for name, key in (
         ("all background IoU", "all_background_iou"),
         ("all foreground IoU", "all_foreground_iou"),
     ):
-        values = summary.baselines[key]
+        values = baselines[key]
         table.add_row(name, number(values["lesion_images"]), "", number(values["all_images"]), "")
     table.add_row("images", str(scores.lesion_images.images), "", str(scores.all_images.images), "")
     table.add_row("missed lesions", str(scores.lesion_images.n_missed), "", "", "")
@@ -90,8 +97,15 @@ def _segmentation_table(summary: Summary) -> Table:
     return table
 
 
-def _columns(summary: Summary) -> tuple[SegmentationColumn, SegmentationColumn]:
-    return summary.segmentation.lesion_images, summary.segmentation.all_images
+def _mask_class_table(by_class: dict[str, SegmentationSummary]) -> Table:
+    table = Table(title="Mask classes, on the images that show them: mean ± sd (median)", box=SIMPLE_HEAD)
+    for heading in ("", "images", *(MEASURE_NAMES[name] for name in MEASURES)):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, scores in by_class.items():
+        column = scores.lesion_images
+        cells = [_measure_cells(column, measure, 1 if measure == "hd95" else 3)[0] for measure in MEASURES]
+        table.add_row(escape(name), str(column.images), *cells)
+    return table
 
 
 def _measure_cells(column: SegmentationColumn, measure: str, digits: int) -> tuple[str, str]:

@@ -187,13 +187,14 @@ def _column(scores: Sequence[SegmentationScores]) -> SegmentationColumn:
     return SegmentationColumn(
         images=len(scores),
         n_missed=sum(score.missed for score in scores),
-        measures={name: _distribution([getattr(score, name) for score in scores]) for name in MEASURES},
+        measures={name: distribution([getattr(score, name) for score in scores]) for name in MEASURES},
         pooled_iou=_iou(overlap, predicted, actual) if scores else math.nan,
         pooled_dice=_dice(overlap, predicted, actual) if scores else math.nan,
     )
 
 
-def _distribution(values: Sequence[float]) -> Distribution:
+def distribution(values: Sequence[float]) -> Distribution:
+    """Summarise the values that are not nan."""
     defined = np.array([value for value in values if not math.isnan(value)])
     n = len(defined)
     if n == 0:

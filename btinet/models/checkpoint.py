@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from btinet.data.masks import LESION
 from btinet.data.preprocessing import Preprocessing
 from btinet.errors import UserError
 from btinet.files import atomic_path, write_text
@@ -32,6 +33,7 @@ class Checkpoint:
     preprocessing: Preprocessing
     proxy_names: tuple[str, ...]
     config: dict[str, Any]  # the whole of config.json
+    mask_classes: tuple[str, ...] = LESION  # what masks tell apart, in the order of the segmentation's channels
 
 
 def save_checkpoint(
@@ -40,6 +42,7 @@ def save_checkpoint(
     classes: tuple[str, ...],
     preprocessing: Preprocessing,
     weights: Mapping[str, Tensor] | None = None,
+    mask_classes: tuple[str, ...] = LESION,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write both files into ``folder``, each whole or not at all; raises ``UserError`` when it cannot.
@@ -50,6 +53,7 @@ def save_checkpoint(
         classes: names, in the order of the outputs.
         preprocessing: of the images.
         weights: a ``state_dict`` of the model to save in place of its present one.
+        mask_classes: names of what is segmented, in the order of the channels.
         extra: further entries of ``config.json``, which ``load_checkpoint`` hands on in ``Checkpoint.config``.
     """
     if model.batchnorms_left is not None:
@@ -59,6 +63,7 @@ def save_checkpoint(
         "format": FORMAT,
         "model": model.config.to_dict(),
         "classes": list(classes),
+        "mask_classes": list(mask_classes),
         "preprocessing": preprocessing.to_dict(),
         **(extra or {}),
     }
@@ -86,6 +91,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         config = BTINetConfig.from_dict(content["model"])
         classes = tuple(str(name) for name in content["classes"])
+        mask_classes = tuple(str(name) for name in content.get("mask_classes", LESION))
         preprocessing = Preprocessing.from_dict(content["preprocessing"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG_NAME}: not a configuration of a btinet checkpoint ({error}).") from error
@@ -93,9 +99,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise UserError(
             f"{folder / CONFIG_NAME}: {len(classes)} class names for a model of {config.num_classes} classes."
         )
+    if len(mask_classes) != config.mask_classes:
+        raise UserError(
+            f"{folder / CONFIG_NAME}: {len(mask_classes)} names of mask classes for a model of {config.mask_classes}."
+        )
     model = build_model(config)
     load_weights(model, folder / WEIGHTS_NAME)
-    return Checkpoint(model.eval(), classes, preprocessing, PROXY_NAMES[config.signals], content)
+    return Checkpoint(model.eval(), classes, preprocessing, PROXY_NAMES[config.signals], content, mask_classes)
 
 
 def load_weights(model: BTINet, file: Path) -> None:

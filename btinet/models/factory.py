@@ -38,7 +38,8 @@ def create_model(
         in_chans: 1 or 3.
         decoder_channels: widths of the decoder levels, coarse to fine.
         interaction: ``"none"``, ``"fixed"`` or ``"gated"``, for all levels or one per level.
-        options: ``signals``, ``pool``, ``strength``, ``clf_channels``, ``dropout``; see ``BTINetConfig``.
+        options: ``signals``, ``pool``, ``strength``, ``clf_channels``, ``dropout``, ``mask_classes``; see
+            ``BTINetConfig``.
 
     Raises:
         UserError: an argument that does not fit, or weights that cannot be had.
@@ -47,6 +48,8 @@ def create_model(
         raise UserError(f"model {name!r}: names are '{PREFIX}' and a timm backbone, e.g. '{PREFIX}efficientnet_b4'.")
     if num_classes < 2:
         raise UserError(f"num_classes is {num_classes}, but classification needs at least 2.")
+    if options.get("mask_classes", 1) < 1:
+        raise UserError(f"mask_classes is {options['mask_classes']}, but segmentation needs at least 1.")
     if in_chans not in (1, 3):
         raise UserError(f"in_chans is {in_chans}, but images are grey (1) or colour (3).")
     config = BTINetConfig(

@@ -6,7 +6,7 @@ Who follows whom is observed while an image passes, not guessed from names: it h
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from btinet.models.packed import ACTIVATIONS, PACKABLE, pack
 from btinet_kernels import use_backend
 
 # Exactly these: a subclass may do something to its weights before it uses them.
@@ -39,7 +40,27 @@ def fold_batchnorms(model: nn.Module, image: Tensor) -> dict[str, str]:
             reason = _fold(model, path, norm, flow)
             if reason is not None:
                 left[path] = reason
+    _pack_convolutions(model, flow, left)
     return left
+
+
+def _pack_convolutions(model: nn.Module, flow: _Flow, left: Mapping[str, str]) -> None:
+    """With the activations that timm's BatchNorms have inside, where it was the convolution's alone to go there."""
+    for norm in flow.inputs:
+        path = flow.paths[norm]
+        convolution = flow.producer(norm) if isinstance(norm, _BatchNorm) and path not in left else None
+        activation = model.get_submodule(path)
+        if type(convolution) in PACKABLE and type(activation) in ACTIVATIONS:
+            pack(convolution, activation)  # type: ignore[arg-type]
+            _replace(model, path, nn.Identity())
+    for layer in model.modules():
+        if type(layer) in PACKABLE:
+            pack(layer)  # type: ignore[arg-type]
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
 
 
 class _Flow(TorchDispatchMode):
@@ -47,6 +68,7 @@ class _Flow(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         super().__init__()
+        self.paths = {module: path for path, module in model.named_modules()}
         self.inputs: dict[nn.Module, list[int]] = defaultdict(list)  # one entry per call
         self.outputs: dict[nn.Module, list[int]] = defaultdict(list)
         self.users: dict[int, set[nn.Module | None]] = defaultdict(set)
@@ -114,8 +136,7 @@ def _fold(model: nn.Module, path: str, norm: _BatchNorm, flow: _Flow) -> str | N
         if reason is not None:
             return reason
         _fold_forward(norm, after)
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, _rest_of(norm))
+    _replace(model, path, _rest_of(norm))
     return None
 
 
@@ -134,7 +155,9 @@ def _why_not_forward(norm: _BatchNorm, after: nn.Module | None) -> str | None:
 
 def _rest_of(norm: _BatchNorm) -> nn.Module:
     """What a BatchNorm does besides normalising: timm's has the activation inside."""
-    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    if not isinstance(norm, BatchNormAct2d):
+        return nn.Identity()
+    return norm.act if type(norm.drop) is nn.Identity else nn.Sequential(norm.drop, norm.act)
 
 
 def _affine(norm: _BatchNorm) -> list[Tensor]:

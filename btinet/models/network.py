@@ -33,6 +33,10 @@ from btinet_kernels.nn import (
 
 Interaction = Literal["none", "fixed", "gated"]
 INTERACTIONS = ("none", "fixed", "gated")
+Directions = Literal["both", "seg_to_clf", "clf_to_seg"]
+DIRECTIONS = ("both", "seg_to_clf", "clf_to_seg")
+Tasks = Literal["both", "segmentation", "classification"]
+TASKS = ("both", "segmentation", "classification")
 
 OFFICIAL_DECODER_CHANNELS = (384, 192, 96, 48)
 MIN_SIZE = 32
@@ -46,13 +50,27 @@ class BTINetOutput(NamedTuple):
     """What the network returns: logits, never probabilities.
 
     ``gates`` and ``proxies`` hold one entry per gated level, ``"d1"`` (coarsest) upwards; levels without a gate are
-    absent.
+    absent. The logits of a task that the network does not have are empty: ``[B, 0, H, W]`` and ``[B, 0]``.
     """
 
-    seg_logits: Tensor  # [B, 1, H, W], at the size of the input
+    seg_logits: Tensor  # [B, mask classes, H, W], at the size of the input; the background's is 0
     cls_logits: Tensor  # [B, classes]
     gates: dict[str, Tensor]  # level → [B, 2]: share of the interaction that reaches seg, clf
     proxies: dict[str, Tensor]  # level → [B, 3] or [B, 2], see PROXY_NAMES
+
+
+def class_numbers(seg_logits: Tensor, threshold: float = 0.0) -> Tensor:
+    """Which class of mask each pixel shows.
+
+    Args:
+        seg_logits: ``[B, K, H, W]``.
+        threshold: the largest logit must exceed it; else the pixel is background.
+
+    Returns:
+        uint8 ``[B, H, W]``: 0 for the background, or the number of a class, from 1.
+    """
+    highest, channel = seg_logits.max(1)
+    return torch.where(highest > threshold, channel + 1, 0).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,12 @@ class BTINetConfig:
         strength: τ of the interaction.
         clf_channels: width of the vector stream.
         dropout: probability, after each decoder block and before the last classification layer.
+        mask_classes: what is segmented, beside the background.
+        multi_scale: whether residual blocks have multi-scale context fusion.
+        directions: ``"both"``; or ``"seg_to_clf"`` or ``"clf_to_seg"``: the interaction changes the second stream
+            alone, the first leaves the level as it came. Gates see what either change would have been.
+        tasks: ``"both"``; or ``"segmentation"`` or ``"classification"``: a network without the other's layers, and so
+            without interaction.
     """
 
     backbone: str
@@ -83,6 +107,10 @@ class BTINetConfig:
     strength: float = 0.7
     clf_channels: int = 256
     dropout: float = 0.3
+    mask_classes: int = 1
+    multi_scale: bool = True
+    directions: Directions = "both"
+    tasks: Tasks = "both"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -120,11 +148,14 @@ class DecoderLevel(nn.Module):
         config: BTINetConfig,
     ) -> None:
         super().__init__()
+        self.directions = config.directions
         self.upsample = UpsampleTwice(in_channels, channels)
         self.skip_gate = AttentionGate(skip_channels, channels, max(1, channels // 2))
-        self.block = ResidualBlock(channels + skip_channels, channels, attention=False)
+        self.block = ResidualBlock(channels + skip_channels, channels, attention=False, multi_scale=config.multi_scale)
         self.dropout = Dropout(config.dropout)
-        self.clf_features = nn.Linear(source_channels, config.clf_channels)
+        self.clf_features: nn.Linear | None = None
+        if config.tasks != "segmentation":
+            self.clf_features = nn.Linear(source_channels, config.clf_channels)
         self.interaction: nn.Module | None = None
         if interaction == "fixed":
             self.interaction = TaskInteractionModule(channels, config.clf_channels, config.strength, config.pool)
@@ -137,12 +168,31 @@ class DecoderLevel(nn.Module):
         """``x``: the coarser level; ``source``: the map whose mean starts clf. Returns seg, clf, gates, proxies."""
         x = self.upsample(x)
         seg = self.dropout(self.block(torch.cat((x, self.skip_gate(skip, x)), 1)))
-        clf = F.relu(self.clf_features(source.mean((2, 3))))
+        if self.clf_features is None:
+            return seg, source.new_empty(len(source), 0), None, None
+        clf = _vector(self.clf_features, source)
         if self.interaction is None:
             return seg, clf, None, None
+        gates = proxies = None
         if isinstance(self.interaction, TaskInteractionModule):
-            return *self.interaction(seg, clf), None, None
-        return self.interaction(seg, clf)
+            changed_seg, changed_clf = self.interaction(seg, clf)
+        else:
+            changed_seg, changed_clf, gates, proxies = self.interaction(seg, clf)
+        seg = seg if self.directions == "seg_to_clf" else changed_seg
+        clf = clf if self.directions == "clf_to_seg" else changed_clf
+        return seg, clf, gates, proxies
+
+
+class ClassificationLevel(nn.Module):
+    """A level of a network that only classifies: a decoder level's share of the vector stream."""
+
+    def __init__(self, source_channels: int, clf_channels: int) -> None:
+        super().__init__()
+        self.clf_features = nn.Linear(source_channels, clf_channels)
+
+    def forward(self, x: Tensor, skip: Tensor, source: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """As ``DecoderLevel``, but ``x`` stays what it is."""
+        return x, _vector(self.clf_features, source), None, None
 
 
 class BTINet(nn.Module):
@@ -157,26 +207,33 @@ class BTINet(nn.Module):
         channels, reductions = encoder.channels, encoder.reductions
         decoder_channels = _decoder_channels(config, channels)
         interactions = _interactions(config, len(decoder_channels))
+        segments, classifies = config.tasks != "classification", config.tasks != "segmentation"
         self.config = config
         self.batchnorms_left: dict[str, str] | None = None  # of a fused network: path → why it could not be folded
         self.stride = reductions[-1]
         self.finest_stride = reductions[-1 - len(decoder_channels)]
         self.encoder = encoder
         used = channels[-1 - len(decoder_channels) :]  # finest skip … bridge
-        self.refine = nn.ModuleList(ResidualBlock(c, c) for c in used)
+        self.refine = nn.ModuleList(ResidualBlock(c, c, multi_scale=config.multi_scale) for c in used)
+        if not segments:
+            self.refine[0] = nn.Identity()  # the decoder alone sees the finest map
         self.levels = nn.ModuleDict()
         below = used[-1]
         for i, (width, interaction) in enumerate(zip(decoder_channels, interactions, strict=True)):
-            self.levels[f"d{i + 1}"] = DecoderLevel(below, used[-2 - i], used[-1 - i], width, interaction, config)
+            self.levels[f"d{i + 1}"] = (
+                DecoderLevel(below, used[-2 - i], used[-1 - i], width, interaction, config)
+                if segments
+                else ClassificationLevel(used[-1 - i], config.clf_channels)
+            )
             below = width
         widths = max(8, below // 2), max(8, below // 3)
-        self.seg_head = nn.Sequential(
+        self.seg_head: nn.Sequential | None = nn.Sequential(
             UpsampleTwice(below, widths[0]),
             nn.Conv2d(widths[0], widths[1], 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(widths[1], 1, 1),
+            nn.Conv2d(widths[1], config.mask_classes, 1),
         )
-        self.clf_head = nn.Sequential(
+        self.clf_head: nn.Sequential | None = nn.Sequential(
             nn.Linear(sum(used[1:]) + len(decoder_channels) * config.clf_channels, config.clf_channels),
             nn.ReLU(),
             nn.BatchNorm1d(config.clf_channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM),
@@ -185,6 +242,10 @@ class BTINet(nn.Module):
         )
         for part in (self.levels, self.seg_head, self.clf_head):
             initialise(part)
+        if not segments:
+            self.seg_head = None
+        if not classifies:
+            self.clf_head = None
 
     def forward(self, image: Tensor) -> BTINetOutput:
         """See the class."""
@@ -200,10 +261,14 @@ class BTINet(nn.Module):
             vectors.append(clf)
             if gate is not None:
                 gates[name], proxies[name] = gate, proxy
-        seg_logits = self.seg_head(seg)
-        if self.finest_stride > 2:
-            seg_logits = F.interpolate(seg_logits, padded.shape[-2:], mode="bilinear", align_corners=False)
-        return BTINetOutput(seg_logits[..., :height, :width], self.clf_head(torch.cat(vectors, 1)), gates, proxies)
+        seg_logits, cls_logits = image.new_empty(len(image), 0, height, width), image.new_empty(len(image), 0)
+        if self.seg_head is not None:
+            seg_logits = self.seg_head(seg)
+            if self.finest_stride > 2:
+                seg_logits = F.interpolate(seg_logits, padded.shape[-2:], mode="bilinear", align_corners=False)
+        if self.clf_head is not None:
+            cls_logits = self.clf_head(torch.cat(vectors, 1))
+        return BTINetOutput(seg_logits[..., :height, :width], cls_logits, gates, proxies)
 
     def train(self, mode: bool = True) -> BTINet:
         """As in ``nn.Module``, but a BatchNorm whose weight is frozen keeps to its running statistics."""
@@ -218,8 +283,9 @@ class BTINet(nn.Module):
     def fuse(self, size: int | tuple[int, int] = 64) -> BTINet:
         """A copy for inference whose BatchNorms are folded into convolutions and linear layers, where that is exact.
 
-        Its outputs are the same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot
-        be trained or saved as a checkpoint.
+        On the CPU its convolutions keep their weights as oneDNN wants them, beside the plain ones. Its outputs are the
+        same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot be trained or saved
+        as a checkpoint.
 
         Args:
             size: height and width of the random image that shows how the network is connected; for encoders that take
@@ -246,6 +312,11 @@ class BTINet(nn.Module):
         return [p for name, p in self.named_parameters() if ".upa." in name]
 
 
+def _vector(features: nn.Linear, source: Tensor) -> Tensor:
+    """The vector stream of a level before any interaction."""
+    return F.relu(features(source.mean((2, 3))))
+
+
 def _decoder_channels(config: BTINetConfig, channels: Sequence[int]) -> tuple[int, ...]:
     if config.decoder_channels is None:
         skips = channels[-2::-1]
@@ -266,5 +337,17 @@ def _interactions(config: BTINetConfig, levels: int) -> tuple[Interaction, ...]:
     if len(per_level) != levels or any(choice not in INTERACTIONS for choice in per_level):
         raise UserError(
             f"interaction {given!r}: give one of {', '.join(INTERACTIONS)}, or {levels} of them, coarse to fine."
+        )
+    for name, value, choices in (("directions", config.directions, DIRECTIONS), ("tasks", config.tasks, TASKS)):
+        if value not in choices:
+            raise UserError(f"{name} {value!r}: give one of {', '.join(choices)}.")
+    interacts = any(choice != "none" for choice in per_level)
+    if config.tasks != "both" and interacts:
+        raise UserError(
+            f"tasks {config.tasks!r}: a single task has no other to interact with; make the interaction none."
+        )
+    if config.directions != "both" and not interacts:
+        raise UserError(
+            f"directions {config.directions!r}: without an interaction there is no direction; make it fixed or gated."
         )
     return per_level

@@ -20,7 +20,7 @@ from btinet.errors import UserError
 from btinet.evaluation.tables import write_csv, write_json
 from btinet.files import atomic_path
 from btinet.models.checkpoint import load_checkpoint
-from btinet.serving.overlays import draw_overlay
+from btinet.serving.overlays import OUTLINES, draw_overlay
 from btinet.serving.predictor import Precision, Prediction, Predictor, signal_columns
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -55,14 +55,15 @@ class PredictOptions:
 def predict_files(options: PredictOptions) -> list[dict[str, Any]]:
     """Predict masks and classes of image files.
 
-    Writes ``masks/NAME.png`` (0 and 255, size of the image) and ``overlays/NAME.png`` per image, then
-    ``predictions.csv`` and ``predictions.json`` with one row per image. NAME is the image's path below the
-    deepest folder that holds all inputs, so that equal names in different folders never meet. Every input is
-    decoded once before anything is written: a bad file stops the command with nothing written.
+    Writes ``masks/NAME.png`` (size of the image; 0 and 255, or, for several mask classes, 0, 1, 2, … in colours) and
+    ``overlays/NAME.png`` per image, then ``predictions.csv`` and ``predictions.json`` with one row per image. NAME is
+    the image's path below the deepest folder that holds all inputs, so that equal names in different folders never
+    meet. Every input is decoded once before anything is written: a bad file stops the command with nothing written.
+    A network for one task gives what belongs to that task.
 
     Returns:
-        The rows: image, predicted, prob_CLASS..., lesion_area_pixels, lesion_area_fraction, gates and
-        proxies.
+        The rows: image, predicted, prob_CLASS..., lesion_area_pixels, lesion_area_fraction (of any mask class),
+        area_pixels_CLASS... where there are several mask classes, gates and proxies.
 
     Raises:
         UserError: an input is missing, unreadable or not an image, a folder holds no image, or a result
@@ -88,8 +89,11 @@ def predict_files(options: PredictOptions) -> list[dict[str, Any]]:
         paths = images[start : start + options.batch_size]
         pixels = [read_image(path, channels) for path in paths]
         for path, image, prediction in zip(paths, pixels, predictor(pixels), strict=True):
-            _write_png(options.out / "masks" / names[path], prediction.mask.astype(np.uint8) * 255)
-            _write_png(options.out / "overlays" / names[path], draw_overlay(image, prediction.mask))
+            if prediction.numbers is not None:
+                mask = _mask_picture(prediction.numbers, len(predictor.mask_classes))
+                _write_png(options.out / "masks" / names[path], mask)
+                overlay = Image.fromarray(draw_overlay(image, prediction.numbers))
+                _write_png(options.out / "overlays" / names[path], overlay)
             rows.append(_row(path, prediction, predictor))
     write_csv(options.out / "predictions.csv", rows, list(rows[0]))
     write_json(options.out / "predictions.json", rows)
@@ -169,19 +173,30 @@ def _refuse_overwriting(images: Sequence[Path], names: dict[Path, Path], out: Pa
                 )
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
+def _mask_picture(numbers: np.ndarray, mask_classes: int) -> Image.Image:
+    if mask_classes == 1:
+        return Image.fromarray(numbers * np.uint8(255))
+    picture = Image.fromarray(numbers, mode="P")
+    colours = [OUTLINES[index % len(OUTLINES)] for index in range(mask_classes)]
+    picture.putpalette([0, 0, 0, *(value for colour in colours for value in colour)])
+    return picture
+
+
+def _write_png(path: Path, picture: Image.Image) -> None:
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        picture.save(temporary, format="PNG")
 
 
 def _row(path: Path, prediction: Prediction, predictor: Predictor) -> dict[str, Any]:
     classes, probabilities = predictor.classes, prediction.class_probabilities.tolist()
-    area = int(prediction.mask.sum())
-    return {
-        "image": path.as_posix(),
-        "predicted": classes[int(prediction.class_probabilities.argmax())],
-        **{f"prob_{name}": value for name, value in zip(classes, probabilities, strict=True)},
-        "lesion_area_pixels": area,
-        "lesion_area_fraction": area / prediction.mask.size,
-        **signal_columns(prediction, predictor.proxy_names),
-    }
+    row: dict[str, Any] = {"image": path.as_posix()}
+    if probabilities:
+        row["predicted"] = classes[int(prediction.class_probabilities.argmax())]
+        row |= {f"prob_{name}": value for name, value in zip(classes, probabilities, strict=True)}
+    numbers, names = prediction.numbers, predictor.mask_classes
+    if numbers is not None:
+        area = int((numbers > 0).sum())
+        row |= {"lesion_area_pixels": area, "lesion_area_fraction": area / numbers.size}
+        if len(names) > 1:
+            row |= {f"area_pixels_{name}": int((numbers == i).sum()) for i, name in enumerate(names, start=1)}
+    return row | signal_columns(prediction, predictor.proxy_names)

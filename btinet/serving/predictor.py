@@ -23,20 +23,27 @@ class Prediction:
     """What the model says about one image.
 
     Attributes:
-        mask: bool [H, W] at the image's own size, True where ``lesion_probability`` exceeds the threshold.
-        lesion_probability: float32 [H, W].
+        numbers: uint8 [H, W] at the image's own size: the most probable mask class, from 1, where its probability
+            exceeds the threshold, else 0. None for a model that only classifies.
+        lesion_probability: float32 [H, W], of the most probable mask class; or None likewise.
         class_probabilities: float64 [K], sums to 1, in the order of the checkpoint's classes.
+            Empty for a model that only segments.
         gates: per decoder level, the segmentation gate and the classification gate; empty for a model without
             gates.
         proxies: per decoder level, the signals that feed the gates, in the order of
             ``Checkpoint.proxy_names``.
     """
 
-    mask: np.ndarray
-    lesion_probability: np.ndarray
+    numbers: np.ndarray | None
+    lesion_probability: np.ndarray | None
     class_probabilities: np.ndarray
     gates: dict[str, tuple[float, float]]
     proxies: dict[str, tuple[float, ...]]
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Bool [H, W]: the pixels of any mask class; None for a model that only classifies."""
+        return None if self.numbers is None else self.numbers > 0
 
 
 class Predictor:
@@ -68,6 +75,7 @@ class Predictor:
         if not 0 < threshold < 1:
             raise UserError(f"threshold {threshold}: expected a number between 0 and 1, for example 0.5.")
         self.classes = checkpoint.classes
+        self.mask_classes = checkpoint.mask_classes
         self.proxy_names = checkpoint.proxy_names
         self.preprocessing = checkpoint.preprocessing
         self.threshold = threshold
@@ -105,12 +113,16 @@ class Predictor:
         proxies = {level: value.float().cpu() for level, value in output.proxies.items()}
         predictions = []
         for index, image in enumerate(images):
-            logits = output.seg_logits[index : index + 1].float()
-            native = interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-            probability = native.sigmoid().cpu().numpy()
+            numbers = probability = None
+            if output.seg_logits.shape[1]:
+                logits = output.seg_logits[index : index + 1].float()
+                native = interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)[0]
+                highest, channel = native.sigmoid().max(0)
+                numbers = torch.where(highest > self.threshold, channel + 1, 0).to(torch.uint8).cpu().numpy()
+                probability = highest.cpu().numpy()
             predictions.append(
                 Prediction(
-                    mask=probability > self.threshold,
+                    numbers=numbers,
                     lesion_probability=probability,
                     class_probabilities=class_probabilities[index],
                     gates={level: (float(v[index, 0]), float(v[index, 1])) for level, v in gates.items()},

@@ -174,6 +174,8 @@ def _training_section(report: Report, epochs: list[dict[str, Any]]) -> str:
 
 def _segmentation_section(report: Report, summary: dict[str, Any]) -> str:
     scores = summary["segmentation"]
+    if scores is None:
+        return _section("Segmentation", "<p>No evaluated image has a mask, or the network does not segment.</p>")
     lesion, every = scores["lesion_images"], scores["all_images"]
     columns = (lesion, every)
     rows = [
@@ -206,7 +208,15 @@ def _segmentation_section(report: Report, summary: dict[str, Any]) -> str:
         if cases.is_file()
         else "<p>No evaluated image has a lesion.</p>"
     )
-    return _section("Segmentation", _table(caption, ["score", "lesion images", "all images"], rows), picture)
+    tables = _table(caption, ["score", "lesion images", "all images"], rows)
+    if by_class := summary.get("segmentation_by_class"):
+        columns = tuple(scores["lesion_images"] for scores in by_class.values())
+        rows = [
+            (name, [_mean_sd(column["measures"][key], digits) for column in columns]) for name, key, digits in _MEASURES
+        ]
+        rows.append(("images", [str(column["images"]) for column in columns]))
+        tables += _table("Each mask class, on the images that show it.", ["score", *by_class], rows)
+    return _section("Segmentation", tables, picture)
 
 
 def _pooled() -> tuple[tuple[str, str], ...]:

@@ -20,15 +20,16 @@ from torch.utils.data import DataLoader
 from btinet.data import EpochBatches
 from btinet.errors import UserError
 from btinet.models import BTINetOutput
+from btinet.models.network import Tasks, class_numbers
 from btinet.training.averaging import WeightAverage
+from btinet.training.balancing import GradientBalancer
 from btinet.training.engine import reduced
+from btinet.training.objective import Batch, KnownShares, LossesOf
 from btinet.training.options import Recipe
+from btinet.training.weighting import Weighting
 
-IOU_SHARE = 0.7  # of the score that selects the model; the rest is accuracy
+IOU_SHARE = 0.7  # of the score that selects a model of both tasks; the rest is accuracy
 CLIP_NORM = 1.0
-
-Batch = dict[str, Tensor]
-Loss = Callable[[BTINetOutput, Batch], Tensor]
 
 
 @dataclass
@@ -39,6 +40,17 @@ class Loaders:
     train_batches: EpochBatches
     val: DataLoader[Any]
     memory_format: torch.memory_format
+    train_known: KnownShares
+    val_known: KnownShares
+
+
+@dataclass
+class Objective:
+    """What a stage minimises; ``balancer``: combine the tasks' gradients instead of their weighted losses."""
+
+    losses: LossesOf
+    weighting: Weighting
+    balancer: GradientBalancer | None = None
 
 
 def train_epoch(
@@ -46,77 +58,107 @@ def train_epoch(
     module: _FabricModule,
     optimizer: torch.optim.Optimizer,
     loaders: Loaders,
-    loss_of: Loss,
+    objective: Objective,
     *,
     accumulate: int,
     average: WeightAverage | None,
     advance: Callable[[], None],
-) -> float:
-    """Take a step for every ``accumulate`` batches; returns the mean loss over the images of all processes.
+) -> dict[str, float]:
+    """Take a step for every ``accumulate`` batches; returns mean losses over the images of all processes.
 
     A step follows the mean over its images, whatever batches and processes they were in.
+
+    Returns:
+        ``train_loss``, which is minimised, and ``train_TASK_loss``.
 
     Raises:
         UserError: the loss is not finite.
     """
     module.train()
-    total = count = 0.0
+    weighting, balancer = objective.weighting, objective.balancer
+    totals: dict[str, float] = {}
+    count = 0.0
     for batches in _groups(loaders.train, accumulate):
         sizes = [len(batch["label"]) for batch in batches]
-        images = _sum(fabric, sum(sizes))
+        images = reduced(fabric, torch.tensor(float(sum(sizes)), dtype=torch.float64), "sum").item()
         for number, (batch, size) in enumerate(zip(batches, sizes, strict=True), start=1):
             with fabric.no_backward_sync(module, enabled=number < len(batches)):
-                loss = loss_of(BTINetOutput(*module(_image(batch, loaders))), batch)
-                value = _sum(fabric, loss.item() * size)
-                if not np.isfinite(value):
+                losses = objective.losses(BTINetOutput(*module(_image(batch, loaders))), batch, loaders.train_known)
+                loss = weighting(losses)
+                values = torch.stack([loss, *losses.values()]).detach().double() * size
+                sums = dict(zip(("", *losses), reduced(fabric, values, "sum").tolist(), strict=True))
+                if not np.isfinite(sums[""]):
                     raise UserError(
                         f"training diverged (the loss is {loss.item()}); lower --lr or use --precision 32-true."
                     )
-                # Processes average their gradients.
-                fabric.backward(loss * (size * fabric.world_size / images))
-            total += value
+                scale = size * fabric.world_size / images  # processes average their gradients
+                if balancer is None:
+                    fabric.backward(loss * scale)
+                else:
+                    balancer.add([weighting.weights[task] * loss for task, loss in losses.items()], scale)
+            totals = {task: totals.get(task, 0.0) + value for task, value in sums.items()}
             advance()
         count += images
+        if balancer is not None:
+            balancer.finish()
+        for parameter in weighting.parameters():  # not among those that processes average by themselves
+            if parameter.grad is not None:
+                parameter.grad = reduced(fabric, parameter.grad, "mean")
         fabric.clip_gradients(module, optimizer, max_norm=CLIP_NORM, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update()
-    return total / count
+    return {_named("train", task): total / count for task, total in totals.items()}
 
 
 @torch.inference_mode()
-def validate(fabric: Fabric, module: nn.Module, loaders: Loaders, loss_of: Loss, recipe: Recipe) -> dict[str, Any]:
-    """Losses and scores over the images of all processes."""
+def validate(
+    fabric: Fabric,
+    module: nn.Module,
+    loaders: Loaders,
+    objective: Objective,
+    recipe: Recipe,
+    tasks: Tasks = "both",
+) -> dict[str, Any]:
+    """Losses and the scores of the network's tasks over the images of all processes."""
     module.eval()
-    loss = images = ious = lesions = hits = labelled = 0.0
+    images = ious = lesions = hits = labelled = 0.0
+    totals = dict.fromkeys(("", *objective.weighting.weights), 0.0)
     overlap = np.zeros((2, 2))  # Keras's MeanIoU: rows background, foreground; columns intersection, union
     for batch in loaders.val:
         output = BTINetOutput(*module(_image(batch, loaders)))
         size = len(batch["label"])
-        loss += loss_of(output, batch).item() * size
+        losses = objective.losses(output, batch, loaders.val_known)
+        for task, loss in {"": objective.weighting(losses), **losses}.items():
+            totals[task] += loss.item() * size
         images += size
-        mask = batch["mask"] > 0.5
-        of_lesions = _foreground_ious(output.seg_logits > 0, mask)
-        ious += sum(of_lesions)
-        lesions += len(of_lesions)
-        known = batch["label"] >= 0
-        hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
-        labelled += known.sum().item()
-        overlap += _keras_overlap(torch.sigmoid(output.seg_logits.float()), mask)
-    sums = torch.tensor([loss, images, ious, lesions, hits, labelled, *overlap.flatten()], dtype=torch.float64)
-    loss, images, ious, lesions, hits, labelled, *rest = reduced(fabric, sums, "sum").tolist()
+        if tasks != "classification":
+            drawn = batch["has_mask"]
+            logits, mask = output.seg_logits[drawn], batch["mask"][drawn] > 0.5
+            of_lesions = _foreground_ious(logits, mask)
+            ious += sum(of_lesions)
+            lesions += len(of_lesions)
+            overlap += _keras_overlap(torch.sigmoid(logits.float()), mask)
+        if tasks != "segmentation":
+            known = batch["label"] >= 0
+            hits += (output.cls_logits.argmax(1) == batch["label"])[known].sum().item()
+            labelled += known.sum().item()
+    counts = torch.tensor([images, ious, lesions, hits, labelled, *overlap.flatten()], dtype=torch.float64)
+    images, ious, lesions, hits, labelled, *rest = reduced(fabric, counts, "sum").tolist()
+    sums = reduced(fabric, torch.tensor(list(totals.values()), dtype=torch.float64), "sum").tolist()
     overlap = np.array(rest).reshape(2, 2)
-    iou = ious / lesions
-    truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
-    monitored = truncated if recipe.monitor == "keras_truncated" else iou
-    accuracy = hits / labelled if labelled else 0.0
-    return {
-        "val_loss": loss / images,
-        "val_iou": iou,
-        "val_accuracy": accuracy,
-        "val_score": IOU_SHARE * monitored + (1 - IOU_SHARE) * accuracy,
-    }
+    measured = {_named("val", task): total / images for task, total in zip(totals, sums, strict=True)}
+    monitored = accuracy = 0.0
+    if tasks != "classification":
+        measured["val_iou"] = iou = ious / lesions
+        truncated = float(np.mean(overlap[:, 0] / np.maximum(overlap[:, 1], 1)))
+        monitored = truncated if recipe.monitor == "keras_truncated" else iou
+    if tasks != "segmentation":
+        measured["val_accuracy"] = accuracy = hits / labelled if labelled else 0.0
+    share = {"both": IOU_SHARE, "segmentation": 1.0, "classification": 0.0}[tasks]
+    measured["val_score"] = share * monitored + (1 - share) * accuracy
+    return measured
 
 
 def average_statistics(fabric: Fabric, network: nn.Module, average: WeightAverage | None) -> None:
@@ -126,13 +168,6 @@ def average_statistics(fabric: Fabric, network: nn.Module, average: WeightAverag
     statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     for tensor in statistics + (average.statistics() if average is not None else []):
         tensor.copy_(reduced(fabric, tensor.clone(), "mean"))
-
-
-def _sum(fabric: Fabric, number: float) -> float:
-    """The sum over the processes."""
-    if fabric.world_size == 1:
-        return number
-    return reduced(fabric, torch.tensor(number, dtype=torch.float64), "sum").item()
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -145,9 +180,15 @@ def _image(batch: Batch, loaders: Loaders) -> Tensor:
     return batch["image"].contiguous(memory_format=loaders.memory_format)
 
 
-def _foreground_ious(predicted: Tensor, mask: Tensor) -> list[float]:
-    """IoU of each image that has a lesion."""
-    predicted, mask = predicted.flatten(1), mask.flatten(1)
+def _named(part: str, task: str) -> str:
+    return f"{part}_{task}_loss" if task else f"{part}_loss"
+
+
+def _foreground_ious(seg_logits: Tensor, mask: Tensor) -> list[float]:
+    """IoU of each class of ``[B, K, H, W]`` that an image shows."""
+    numbers = torch.arange(1, mask.shape[1] + 1, device=mask.device).view(1, -1, 1, 1)
+    predicted = class_numbers(seg_logits).unsqueeze(1) == numbers
+    predicted, mask = predicted.flatten(2).flatten(0, 1), mask.flatten(2).flatten(0, 1)
     both, either = (predicted & mask).sum(1), (predicted | mask).sum(1)
     return [i / u for i, u, lesion in zip(both.tolist(), either.tolist(), mask.any(1).tolist(), strict=True) if lesion]
 

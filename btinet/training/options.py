@@ -29,10 +29,6 @@ class Recipe:
     loss_ceiling: float = option(float("inf"), "An image's loss is cut off here.")
     seg_weight: float = option(0.80, "Weight of the segmentation loss in stage 1.")
     clf_weight: float = option(0.20, "Weight of the classification loss in stage 1.")
-    ramp_weights: bool = option(
-        False,
-        "Move 0.007 of weight per epoch from classification to segmentation for 15 epochs, then go back.",
-    )
     monitor: Literal["thresholded", "keras_truncated"] = option(
         "thresholded",
         "IoU that selects the model: foreground IoU at 0.5, or Keras's MeanIoU of truncated probabilities.",
@@ -72,6 +68,21 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+# What `btinet ablate` chooses for each of its runs.
+CHOSEN_BY_ABLATE = (
+    "out",
+    "seed",
+    "fold",
+    "extend_epochs",
+    "interaction",
+    "signals",
+    "pool",
+    "multi_scale",
+    "directions",
+    "tasks",
+)
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Options of ``btinet train``."""
@@ -94,6 +105,25 @@ class TrainOptions:
     accumulate: int = option(1, "Batches whose gradients make one step together.")
     lr: float = option(3e-4, "Initial learning rate of stage 1.")
     stage2_lr: float = option(3e-4, "Learning rate of stage 2.")
+    weighting: Literal[
+        "fixed",
+        "scheduled",
+        "uncertainty",
+        "dynamic_average",
+        "upgrad",
+        "pcgrad",
+        "mgda",
+        "aligned_mtl",
+        "imtl_g",
+        "dualproj",
+    ] = option(
+        "fixed",
+        "How stage 1 balances the tasks: the recipe's weights, fixed, scheduled as the official code intended, learned "
+        "from uncertainty, or averaged dynamically; or a method of TorchJD that combines gradients.",
+    )
+    class_weights: Literal["balanced"] | list[float] | None = option(
+        None, "Weights of the classes in the classification loss: balanced (by their numbers), or one for each class."
+    )
     patience: int = option(22, "Epochs of stage 1 without improvement before it stops.")
     stage2_patience: int = option(5, "The same for stage 2.")
     extend_epochs: int = option(
@@ -131,6 +161,9 @@ class TrainOptions:
         "CSV group,image of images that must stay together; without it near-duplicates are searched for.",
     )
     mask_threshold: int | None = option(None, "Accept masks that are not binary: foreground is above this grey value.")
+    mask_classes: str | None = option(
+        None, "Names of several things to segment, separated by commas: masks then hold 1, 2, … for them."
+    )
     interaction: str = option(
         "gated", "none, fixed or gated; or one per decoder level, coarse to fine, separated by commas."
     )
@@ -138,6 +171,13 @@ class TrainOptions:
         "proxies", "What feeds the gates: BTI-Net's proxies or its predecessor's variances."
     )
     pool: Literal["gap", "softmax"] = option("gap", "How segmentation context is pooled for classification.")
+    multi_scale: bool = option(True, "Multi-scale context fusion in the residual blocks.")
+    directions: Literal["both", "seg_to_clf", "clf_to_seg"] = option(
+        "both", "Which way the interaction works; with one of them, the other stream passes as it is."
+    )
+    tasks: Literal["both", "segmentation", "classification"] = option(
+        "both", "What the network learns; for one task give --interaction none, and its score alone selects the model."
+    )
     decoder_channels: list[int] | None = option(None, "Widths of the decoder levels, coarse to fine.")
     freeze_stages: int | None = option(
         None,

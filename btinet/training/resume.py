@@ -42,6 +42,7 @@ class RunState:
     best: dict[str, Tensor] | None  # weights of the stage's best epoch
     average: dict[str, Any] | None
     optimizer: dict[str, Any]
+    weighting: dict[str, Tensor]
     scaler: dict[str, Any]  # of 16-mixed
     schedule: dict[str, Any]
     stopping: dict[str, Any]

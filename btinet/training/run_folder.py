@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,16 @@ def remove_temporaries(folder: Path) -> None:
         remove_leftovers(folder / name)
 
 
+def with_absolute_paths(options: TrainOptions) -> TrainOptions:
+    """The same options with absolute paths of the data."""
+    given = {name: getattr(options, name) for name in _DATA_PATHS}
+    absolute: dict[str, Any] = {name: path and str(Path(path).resolve()) for name, path in given.items()}
+    return replace(options, **absolute)
+
+
 def write_config(folder: Path, options: TrainOptions, recipe: Recipe) -> None:
     """Write the options, with absolute paths of the data and the whole recipe, as YAML that ``--config`` reads back."""
-    content = asdict(options) | {"recipe": asdict(recipe)}
-    for name in _DATA_PATHS:
-        if content[name] is not None:
-            content[name] = str(Path(content[name]).resolve())
+    content = asdict(with_absolute_paths(options)) | {"recipe": asdict(recipe)}
     write_text(folder / CONFIG_NAME, yaml.safe_dump(content, sort_keys=False))
 
 

@@ -15,19 +15,20 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from btinet.errors import UserError
-from btinet.models import BTINet, BTINetOutput
+from btinet.models import BTINet
 from btinet.training import engine
 from btinet.training.averaging import WeightAverage
-from btinet.training.epochs import Batch, Loaders, Loss, average_statistics, progress, train_epoch, validate
-from btinet.training.losses import LossOptions, classification_loss, gate_losses, segmentation_loss
+from btinet.training.balancing import AGGREGATORS, GradientBalancer
+from btinet.training.epochs import Loaders, Objective, average_statistics, progress, train_epoch, validate
+from btinet.training.objective import CLF, SEG, GateLosses, TaskLosses
 from btinet.training.options import Recipe, TrainOptions
 from btinet.training.records import RunWriter
 from btinet.training.resume import RunState, random_states, restore_random_states
 from btinet.training.schedule import ConstantRate, CosinePlateau, EarlyStopping
+from btinet.training.weighting import WEIGHTINGS, Weighting
 
 GATE_WEIGHT = 1.0
 MIN_DELTA = 0.004
-RAMP_EPOCHS, RAMP_STEP, RAMP_SEG_END, RAMP_CLF_END = 15, 0.007, 0.92, 0.08
 
 Row = dict[str, Any]
 
@@ -38,7 +39,7 @@ class Session:
 
     options: TrainOptions
     recipe: Recipe
-    losses: LossOptions
+    losses: TaskLosses
     fabric: Fabric
     network: BTINet
     loaders: Loaders
@@ -59,34 +60,29 @@ class Stage:
     optimizer: torch.optim.Optimizer
     schedule: CosinePlateau | ConstantRate
     stopping: EarlyStopping
-    loss_of: Callable[[int], Loss]  # epoch → its loss
+    objective: Objective
     judge: Callable[[Row], float]  # what early stopping and the choice of the best epoch go by
 
 
 def train_network(session: Session) -> None:
-    """Stage 1: the whole network on both tasks; leaves the best weights in the network."""
+    """Stage 1: the whole network on its tasks; leaves the best weights in the network."""
     options, recipe = session.options, session.recipe
-
-    def loss_of(epoch: int) -> Loss:
-        seg_weight, clf_weight = _weights(recipe, epoch)
-
-        def loss(output: BTINetOutput, batch: Batch) -> Tensor:
-            seg = segmentation_loss(output.seg_logits, batch["mask"], session.losses)
-            return seg_weight * seg + clf_weight * classification_loss(
-                output.cls_logits, batch["label"], session.losses
-            )
-
-        return loss
-
     trained = [p for p in session.network.parameters() if p.requires_grad]
+    method = options.weighting
+    weights = {SEG: recipe.seg_weight, CLF: recipe.clf_weight}
+    if options.tasks != "both":
+        weights = {SEG: 1.0} if options.tasks == "segmentation" else {CLF: 1.0}
+    weighting = WEIGHTINGS.get(method, Weighting)(weights)
+    weighting.to(session.fabric.device)
+    balancer = GradientBalancer(method, trained) if method in AGGREGATORS else None
     stage = Stage(
         number=1,
         epochs=options.epochs,
         extra_epochs=options.extend_epochs,
-        optimizer=_adam(session.fabric, trained, options.lr, beta1=0.91),
+        optimizer=_adam(session.fabric, [*trained, *weighting.parameters()], options.lr, beta1=0.91),
         schedule=CosinePlateau(options.lr, options.epochs),
         stopping=EarlyStopping(options.patience, MIN_DELTA),
-        loss_of=loss_of,
+        objective=Objective(session.losses, weighting, balancer),
         judge=lambda row: row["val_score"],
     )
     _run(session, stage)
@@ -100,13 +96,7 @@ def train_gates(session: Session) -> None:
         parameter.requires_grad_(False)
     for parameter in gates:
         parameter.requires_grad_(True)
-
-    def loss(output: BTINetOutput, batch: Batch) -> Tensor:
-        task = segmentation_loss(output.seg_logits, batch["mask"], session.losses)
-        task = task + classification_loss(output.cls_logits, batch["label"], session.losses)
-        seg_gates, clf_gates = gate_losses(output.seg_logits, output.cls_logits, batch["mask"], output.gates)
-        return task + GATE_WEIGHT * (seg_gates + clf_gates)
-
+    weights = {SEG: 1.0, CLF: 1.0, "seg_gates": GATE_WEIGHT, "clf_gates": GATE_WEIGHT}
     stage = Stage(
         number=2,
         epochs=options.stage2_epochs,
@@ -114,7 +104,7 @@ def train_gates(session: Session) -> None:
         optimizer=_adam(session.fabric, gates, options.stage2_lr),
         schedule=ConstantRate(options.stage2_lr),
         stopping=EarlyStopping(options.stage2_patience),
-        loss_of=lambda epoch: loss,
+        objective=Objective(GateLosses(session.losses), Weighting(weights)),
         judge=lambda row: -row["val_loss"],
     )
     _run(session, stage)
@@ -158,16 +148,20 @@ class _StageRun:
 
     def next_epoch(self, module: _FabricModule, optimizer: torch.optim.Optimizer) -> None:
         session, stage = self.session, self.stage
-        started, rate, loss = time.perf_counter(), stage.schedule.rate(self.epoch), stage.loss_of(self.epoch)
+        started, rate, weighting = time.perf_counter(), stage.schedule.rate(self.epoch), stage.objective.weighting
+        weighting.begin(self.epoch, [row for row in session.rows if row["stage"] == stage.number])
+        weights = {f"{task}_weight": weight for task, weight in weighting.weights.items()}
         epochs = stage.epochs if self.ended is None else self.ended + stage.extra_epochs
         title = f"stage {stage.number} epoch {self.epoch + 1:>2}/{epochs}"
         for group in optimizer.param_groups:
             group["lr"] = rate
-        train_loss = self._train(module, optimizer, loss, title)
+        trained = self._train(module, optimizer, title)
         self.epoch += 1
         with nullcontext() if self.average is None else self.average.applied():
-            measured = validate(session.fabric, module, session.loaders, loss, session.recipe)
-            row = {"stage": stage.number, "epoch": self.epoch, "train_loss": train_loss, **measured}
+            measured = validate(
+                session.fabric, module, session.loaders, stage.objective, session.recipe, session.options.tasks
+            )
+            row = {"stage": stage.number, "epoch": self.epoch, **trained, **measured, **weights}
             row |= {"learning_rate": rate, "seconds": round(time.perf_counter() - started, 2)}
             stage.schedule.observe(row["val_score"])
             better = stage.stopping.observe(stage.judge(row))
@@ -177,33 +171,35 @@ class _StageRun:
         if self.ended is None and (self.epoch >= stage.epochs or stage.stopping.exhausted):
             self.ended = self.epoch
         session.writer.epoch(self._state(), better, last=self.is_over())
+        scores = (("IoU", "val_iou"), ("accuracy", "val_accuracy"))
+        known = "".join(f"{name} {row[key]:.4f}  " for name, key in scores if key in row)
         session.console.print(
-            f"{title}  loss {train_loss:.4f}  val loss {row['val_loss']:.4f}  IoU {row['val_iou']:.4f}  "
-            f"accuracy {row['val_accuracy']:.4f}  {row['seconds']:.0f} s" + ("  [bold]best[/bold]" if better else "")
+            f"{title}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  {known}{row['seconds']:.0f} s"
+            + ("  [bold]best[/bold]" if better else "")
         )
         if self.ended == self.epoch < stage.epochs:
             session.console.print(
                 f"stage {stage.number} stops: {stage.stopping.patience} epochs without improvement.", highlight=False
             )
 
-    def _train(self, module: _FabricModule, optimizer: torch.optim.Optimizer, loss: Loss, title: str) -> float:
+    def _train(self, module: _FabricModule, optimizer: torch.optim.Optimizer, title: str) -> dict[str, float]:
         session = self.session
         batches = session.loaders.train_batches
         batches.set_epoch(session.epochs_seen)
         with progress(session.console, title, len(batches)) as advance:
-            train_loss = train_epoch(
+            losses = train_epoch(
                 session.fabric,
                 module,
                 optimizer,
                 session.loaders,
-                loss,
+                self.stage.objective,
                 accumulate=session.options.accumulate,
                 average=self.average,
                 advance=advance,
             )
         average_statistics(session.fabric, session.network, self.average)
         session.epochs_seen += 1
-        return train_loss
+        return losses
 
     def _state(self) -> RunState:
         session, stage = self.session, self.stage
@@ -218,6 +214,7 @@ class _StageRun:
             best=self.best,
             average=None if self.average is None else self.average.state_dict(),
             optimizer=stage.optimizer.state_dict(),
+            weighting=stage.objective.weighting.state_dict(),
             scaler=session.fabric.strategy.precision.state_dict(),
             schedule=stage.schedule.state_dict(),
             stopping=stage.stopping.state_dict(),
@@ -231,6 +228,7 @@ class _StageRun:
         try:
             session.network.load_state_dict(state.network)
             stage.optimizer.load_state_dict(state.optimizer)
+            stage.objective.weighting.load_state_dict(state.weighting)
             if self.average is not None and state.average is not None:
                 self.average.load_state_dict(state.average)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -245,10 +243,3 @@ class _StageRun:
         stage.stopping.load_state_dict(state.stopping)
         restore_random_states(state.random, session.fabric)
         session.writer.repeat(state)
-
-
-def _weights(recipe: Recipe, epoch: int) -> tuple[float, float]:
-    if not recipe.ramp_weights or epoch >= RAMP_EPOCHS:
-        return recipe.seg_weight, recipe.clf_weight
-    moved = RAMP_STEP * (epoch + 1)
-    return min(RAMP_SEG_END, recipe.seg_weight + moved), max(RAMP_CLF_END, recipe.clf_weight - moved)

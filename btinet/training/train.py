@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric import seed_everything
 from rich.console import Console
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from btinet.data import (
@@ -19,6 +20,7 @@ from btinet.data import (
     Collection,
     DataSource,
     EpochBatches,
+    MaskFormat,
     Sample,
     SegmentationDataset,
     check_files,
@@ -37,8 +39,10 @@ from btinet.errors import UserError
 from btinet.models import BTINet, create_model, save_checkpoint
 from btinet.models.encoder import number_of_stages
 from btinet.training import engine, run_folder
+from btinet.training.balancing import AGGREGATORS
 from btinet.training.epochs import Loaders
 from btinet.training.losses import LossOptions
+from btinet.training.objective import KnownShares, TaskLosses, balanced_class_weights
 from btinet.training.options import Recipe, TrainOptions, recipe_of
 from btinet.training.records import RunWriter, require_tensorboard
 from btinet.training.resume import STATE_NAMES, RunState, only_process, read_state
@@ -54,7 +58,7 @@ def train(options: TrainOptions, console: Console | None = None) -> Path:
     Raises:
         UserError: unusable options, data or weights, a diverging loss, or a folder that cannot be written.
     """
-    _check(options)
+    check_options(options)
     run_folder.claim(Path(options.out))
     return _run(options, _console(console))
 
@@ -75,7 +79,7 @@ def resume(folder: Path, extend_epochs: int = 0, console: Console | None = None)
     if extend_epochs < 0:
         raise UserError(f"--extend-epochs {extend_epochs}: must be at least 0.")
     options = replace(options, extend_epochs=options.extend_epochs + extend_epochs)
-    _check(options)
+    check_options(options)
     state = read_state(folder, extending=extend_epochs > 0)
     console = _console(console)
     if state is not None and _is_finished(folder, state, options):
@@ -115,6 +119,11 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
             f"validation; at least {least} and 1 are needed."
         )
 
+    mask_format = MaskFormat.from_options(asdict(options))
+    if recipe.monitor == "keras_truncated" and len(mask_format.classes) > 1:
+        raise UserError("recipe: monitor keras_truncated knows one mask class; use thresholded with --mask-classes.")
+    class_weights = _class_weights(options, collection.classes, parts["train"], fabric.device)
+
     seed_everything(options.seed, verbose=False)
     size = (options.image_size, options.image_size)
     preprocessing = default_preprocessing(size, options.channels, recipe.double_scaling)
@@ -125,19 +134,17 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
         preprocessing,
         augmentation=augmentation,
         seed=options.seed,
-        mask_threshold=options.mask_threshold,
+        mask_format=mask_format,
         memory_share=memory_share,
     )
-    check_files(parts["test"], options.channels, options.mask_threshold)  # what would spoil the evaluation shows now
-    val_set = SegmentationDataset(
-        parts["val"], preprocessing, mask_threshold=options.mask_threshold, memory_share=memory_share
-    )
-    if not any(val_set[i]["mask"].any() for i in range(len(val_set))):
+    check_files(parts["test"], options.channels, mask_format)  # what would spoil the evaluation shows now
+    val_set = SegmentationDataset(parts["val"], preprocessing, mask_format=mask_format, memory_share=memory_share)
+    if options.tasks != "classification" and not any(val_set[i]["mask"].any() for i in range(len(val_set))):
         raise UserError(
             f"{options.data}: no validation image shows a lesion at {size[0]}×{size[1]}, so no model can be selected "
             "by IoU; use another --seed or --split."
         )
-    network = _network(options, recipe, len(collection.classes), load_weights=state is None)
+    network = _network(options, recipe, len(collection.classes), len(mask_format.classes), load_weights=state is None)
     network.to(memory_format=engine.memory_format_of(options)).to(fabric.device)
     if fabric.global_rank:
         torch.manual_seed(options.seed + fabric.global_rank)  # dropout of its own, from equal weights
@@ -172,7 +179,9 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
             run_folder.write_config(folder, options, recipe)  # last: where it is, the run can be resumed
         writer = RunWriter(
             folder,
-            lambda weights: save_checkpoint(folder, network, collection.classes, preprocessing, weights),
+            lambda weights: save_checkpoint(
+                folder, network, collection.classes, preprocessing, weights, mask_format.classes
+            ),
             active=fabric.is_global_zero,
             tensorboard=options.tensorboard,
             epochs_done=0 if state is None else len(state.rows),
@@ -180,7 +189,7 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
         session = Session(
             options=options,
             recipe=recipe,
-            losses=_losses(recipe),
+            losses=TaskLosses(_losses(recipe), class_weights),
             fabric=fabric,
             network=network,
             loaders=Loaders(
@@ -188,6 +197,8 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
                 train_batches,
                 loader(val_set, val_batches),
                 engine.memory_format_of(options),
+                KnownShares.of(parts["train"]),
+                KnownShares.of(parts["val"]),
             ),
             console=console,
             writer=writer,
@@ -222,7 +233,8 @@ def _is_finished(folder: Path, state: RunState, options: TrainOptions) -> bool:
     return state.stage == last_stage and over and run_folder.count_metrics(folder) == len(state.rows)
 
 
-def _check(options: TrainOptions) -> None:
+def check_options(options: TrainOptions) -> None:
+    """Raise ``UserError`` for options that are unusable whatever the data."""
     smallest = {
         "epochs": 1,
         "stage2_epochs": 0,
@@ -246,7 +258,18 @@ def _check(options: TrainOptions) -> None:
         raise UserError(f"--ema {options.ema}: must lie between 0 and 1, e.g. 0.999.")
     if options.tensorboard:
         require_tensorboard()
-    engine.precision_of(options)
+    precision = engine.precision_of(options)
+    _recipe(options)
+    if options.tasks != "both" and options.weighting != "fixed":
+        raise UserError(f"--weighting {options.weighting}: balances two tasks, not with --tasks {options.tasks}.")
+    if options.weighting in AGGREGATORS:
+        for what, found in (
+            ("--precision 16-mixed", precision == "16-mixed"),
+            ("--compile", options.compile),
+            ("torchrun", torch.distributed.is_torchelastic_launched()),
+        ):
+            if found:
+                raise UserError(f"--weighting {options.weighting}: takes two backward passes, not with {what}.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
 
@@ -256,6 +279,26 @@ def _recipe(options: TrainOptions) -> Recipe:
         return recipe_of(options)
     except TypeError as error:
         raise UserError(f"recipe: {error}; docs/presets.md lists the settings.") from error
+
+
+def _class_weights(
+    options: TrainOptions, classes: tuple[str, ...], samples: list[Sample], device: torch.device
+) -> Tensor | None:
+    weights = options.class_weights
+    if weights == "balanced":
+        labels = [sample.label for sample in samples if sample.label >= 0]
+        missing = [name for index, name in enumerate(classes) if index not in labels]
+        if missing:
+            raise UserError(f"--class-weights balanced: no training image is of the class {missing[0]!r}.")
+        weights = balanced_class_weights(labels, len(classes))
+    if weights is None:
+        return None
+    if len(weights) != len(classes) or not min(weights) > 0:
+        raise UserError(
+            f"--class-weights {weights}: give a positive number for each of the {len(classes)} classes, in the order "
+            f"{', '.join(classes)}."
+        )
+    return torch.tensor(weights, device=device)
 
 
 def _losses(recipe: Recipe) -> LossOptions:
@@ -268,21 +311,25 @@ def _losses(recipe: Recipe) -> LossOptions:
     )
 
 
+def find_groups(options: TrainOptions, collection: Collection) -> tuple[dict[str, str], dict[str, str]]:
+    """The groups that a split respects, and the near-duplicates where they were searched for: sample id → group."""
+    if options.groups is not None:
+        return read_groups(Path(options.groups)), {}
+    if options.split is not None or options.manifest is not None:  # both say which images belong together
+        return {}, {}
+    found = near_duplicate_groups(collection.samples)
+    return without_prescribed(collection.samples, found), found
+
+
 def _split(options: TrainOptions, collection: Collection) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """The split, the groups it respects, and the near-duplicates where they were searched for."""
-    groups: dict[str, str] = {}
-    found: dict[str, str] = {}
-    if options.groups is not None:
-        groups = read_groups(Path(options.groups))
-    elif options.split is None and options.manifest is None:  # both say which images belong together
-        found = near_duplicate_groups(collection.samples)
-        groups = without_prescribed(collection.samples, found)
+    groups, found = find_groups(options, collection)
     if options.split is not None:
         return read_split(Path(options.split), collection, options.fold), groups, found
     return split_collection(collection, groups, seed=options.seed), groups, found
 
 
-def _network(options: TrainOptions, recipe: Recipe, num_classes: int, load_weights: bool) -> BTINet:
+def _network(options: TrainOptions, recipe: Recipe, num_classes: int, mask_classes: int, load_weights: bool) -> BTINet:
     choices = options.interaction.split(",")
     network = create_model(
         options.model,
@@ -293,6 +340,10 @@ def _network(options: TrainOptions, recipe: Recipe, num_classes: int, load_weigh
         interaction=choices[0] if len(choices) == 1 else choices,
         signals=options.signals,
         pool=options.pool,
+        mask_classes=mask_classes,
+        multi_scale=options.multi_scale,
+        directions=options.directions,
+        tasks=options.tasks,
     )
     for layer in network.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
@@ -325,7 +376,9 @@ def _announce(console: Console, collection: Collection, parts: dict[str, list[Sa
     console.print(f"{collection.name}: {len(collection.samples)} images in {collection.root}", highlight=False)
     for part, samples in parts.items():
         counts = Counter(s.label for s in samples)
-        per_class = ", ".join(f"{name} {counts[i]}" for i, name in enumerate(collection.classes))
-        console.print(f"  {part:<5} {len(samples):>5}  ({per_class})")
+        found = {name: counts[i] for i, name in enumerate(collection.classes)}
+        rest = {"not labelled": counts[-1], "without a mask": sum(s.masks is None for s in samples)}
+        listed = ", ".join(f"{name} {n}" for name, n in (found | {k: n for k, n in rest.items() if n}).items())
+        console.print(f"  {part:<5} {len(samples):>5}  ({listed})")
     if groups:
         console.print(f"  {len(groups)} images lie in {len(set(groups.values()))} groups that no split divides")

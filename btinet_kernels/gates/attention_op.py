@@ -25,7 +25,7 @@ from btinet_kernels.interaction.passes_op import (
 
 # Where `auto` takes the reference on the CPU although the kernels could serve: ATen multiplies bfloat16 with
 # instructions of its own, where the kernels widen it to float32; its products take planes as they lie, where the
-# kernels turn them around; and without a gradient it gates fewer elements than these as fast.
+# kernels turn them around; and without a gradient it is as fast where x has fewer elements than these.
 SMALLEST_WITHOUT_GRADIENT = 1 << 22
 
 JOINT, GATE = "fused_joint_projection", "fused_position_gate"
@@ -53,7 +53,7 @@ def fused_joint_projection(x: Tensor, g: Tensor, weights: JointWeights) -> Tenso
         if list(weight.shape) != shape:
             raise ValueError(f"{JOINT}: {name} is {list(weight.shape)}, but it must be {shape}.")
     x, g = _promoted(x, g)
-    if choose(JOINT, x, g) == "reference" or (_by_default(x) and (x.dtype == torch.bfloat16 or x.stride(1) != 1)):
+    if choose(JOINT, x, g) == "reference" or (_by_default(x) and (x.stride(1) != 1 or _by_aten(x, g, *weights))):
         return reference.joint_projection(x, g, JointWeights(*(w.to(x.dtype) for w in weights)))
     return joint_projection(x, g, *weights) if torch.compiler.is_compiling() else _Joint.apply(x, g, *weights)
 
@@ -79,7 +79,7 @@ def fused_position_gate(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> T
         if list(tensor.shape) != shape:
             raise ValueError(f"{GATE}: {name} is {list(tensor.shape)}, but it must be {shape}.")
     x, h = _promoted(x, h)
-    if choose(GATE, x, h) == "reference" or (_by_default(x) and _gate_by_aten(x, h, weight, bias)):
+    if choose(GATE, x, h) == "reference" or (_by_default(x) and _by_aten(x, h, weight, bias)):
         return reference.position_gate(x, h, weight.to(x.dtype), bias.to(x.dtype))
     inputs = (x, h, weight, bias)
     return (position_gate(*inputs) if torch.compiler.is_compiling() else _Gate.apply(*inputs))[0]
@@ -89,7 +89,7 @@ def _by_default(x: Tensor) -> bool:
     return x.device.type == "cpu" and requested_backend() == "auto"
 
 
-def _gate_by_aten(x: Tensor, *others: Tensor) -> bool:
+def _by_aten(x: Tensor, *others: Tensor) -> bool:
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
     return x.dtype == torch.bfloat16 or (not differentiated and x.numel() < SMALLEST_WITHOUT_GRADIENT)
 

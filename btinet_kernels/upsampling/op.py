@@ -19,6 +19,7 @@ from btinet_kernels.interaction.passes_op import (
 from btinet_kernels.upsampling import native, reference
 
 OPERATOR = "fused_upsample_twice"
+FEWEST_OUTPUTS = 32  # with which `auto` takes the native kernel for a forward without a gradient
 
 
 def fused_upsample_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -36,16 +37,20 @@ def fused_upsample_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
     """
     _check(x, weight, bias)
-    if choose(OPERATOR, x) == "reference" or _reference_is_faster(x):
+    if choose(OPERATOR, x) == "reference" or _reference_is_faster(x, weight, bias):
         return reference.upsample_twice(x, weight.to(x.dtype), bias.to(x.dtype))
     if torch.compiler.is_compiling():
         return upsample_twice(x, weight, bias)
     return _UpsampleTwice.apply(x, weight, bias)
 
 
-def _reference_is_faster(x: Tensor) -> bool:
-    """ATen multiplies bfloat16 on the CPU with instructions of its own, where the kernel multiplies float32."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and requested_backend() == "auto"
+def _reference_is_faster(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """ATen multiplies bfloat16 on the CPU with instructions of its own, where the kernel multiplies float32, and its
+    forward is faster where there are few outputs."""
+    if x.device.type != "cpu" or requested_backend() != "auto":
+        return False
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
+    return x.dtype == torch.bfloat16 or (not differentiated and weight.shape[1] < FEWEST_OUTPUTS)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -173,6 +173,19 @@ Left<F> as_factors(const Compute<F>* rows, int64_t count, int64_t stride, Scratc
   }
 }
 
+// The same of a buffer that all threads share; called by every one of them.
+template <class F>
+const F* as_shared_factors(const Compute<F>* values, int64_t count, Scratch<F>& rounded) {
+  if constexpr (std::is_same_v<F, Compute<F>>) {
+    return values;
+  } else {
+    constexpr int64_t lanes = Lanes<Compute<F>>::count;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i += lanes) store(&rounded[i], load(values + i));
+    return rounded.data();
+  }
+}
+
 // A vector of `count` values with zeros up to whole vectors.
 template <class T>
 void copy_padded(const T* values, int64_t count, Scratch<T>& out) {

@@ -13,6 +13,7 @@
 
 #include "../common/bands.h"
 #include "../common/panels.h"
+#include "../common/turned_product.h"
 #include "dilated.h"
 
 #include "multi_scale_forward.h"

@@ -119,10 +119,83 @@ class FinishedTiles {
   Scratch<double> moments_;  // [ranges, sum and sum of squares, columns]
 };
 
+constexpr int64_t kFewPositions = 512;  // of all samples, with which the weights are most of what is read
+
+// Where positions are few: all of them are convolved, and then multiplied by one panel of the weights after the other.
+template <class S>
+void multi_scale_of_few(const View<const S>& x, const ScaleWeights<Compute<S>>& weights, const View<S>& out,
+                        const View<S>& between, const Finish<Compute<S>>& finish, int threads) {
+  using T = Compute<S>;
+  using F = Factor<S>;
+  const int64_t channels = x.shape.channels, stride = padded<T>(channels), inner = weights.scales * stride;
+  const int64_t middle_stride = padded<T>(weights.middle), out_stride = padded<T>(weights.outputs);
+  const int64_t positions = x.shape.positions(), total = x.shape.batch * positions;
+  const ImageRows rows(x.shape, weights.axes);
+  const RowsOf<S> source(x);
+  const Offsets out_offsets(out), between_offsets(between);
+  const int64_t tile_size = scale_tile(positions);
+  const Partition partition(x.shape, tile_size);
+  FinishedTiles<T> last(finish, weights.outputs, partition.ranges());
+  const Turned<T> pointwise{weights.pointwise, weights.scales, weights.pointwise_stride, weights.middle,
+                            channels,          stride};
+  const Turned<T> fusion{&weights.fusion, 1, weights.middle, weights.outputs, weights.middle, middle_stride};
+  const int64_t biases = weights.share ? x.shape.batch : 1;
+  Scratch<T> bias(biases * middle_stride), fusion_bias, middle(total * middle_stride);
+  Scratch<T> result(weights.fusion ? total * out_stride : 0);
+  Scratch<F> convolved(total * inner), rounded(weights.fusion ? total * middle_stride : 0);
+  bias.fill(biases * middle_stride, T(0));
+  for (int64_t b = 0; b < biases; ++b)
+    std::copy_n(weights.bias_of(b), weights.middle, bias.data() + b * middle_stride);
+  if (weights.fusion) copy_padded(weights.fusion_bias, weights.outputs, fusion_bias);
+#pragma omp parallel num_threads(threads)
+  {
+    TapTable<T> taps(weights, channels, rows.taps());
+    Scratch<T> staged;
+    int64_t sample = -1;
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < partition.ranges(); ++index) {
+      const Range range = partition.range(index);
+      if (range.sample != sample) taps.set_sample(sample = range.sample);
+      const PositionRows<T> values = source.around(range, rows, weights.reach(), staged);
+      for_each_tile(range, tile_size, [&](const Range& tile) {
+        F* to = &convolved[(sample * positions + tile.begin) * inner];
+        convolve(
+            values, rows, weights, taps, channels, tile.begin, tile.end,
+            [&](int scale, int64_t c) { return to + scale * stride + c; }, inner);
+      });
+    }
+    multiply_turned(convolved.data(), total, pointwise,
+                    RowBias<T>{bias.data(), weights.share ? middle_stride : 0, positions}, middle.data(),
+                    middle_stride);
+    if (weights.fusion) {
+      const F* factors = as_shared_factors(middle.data(), total * middle_stride, rounded);
+      multiply_turned(factors, total, fusion, RowBias<T>{fusion_bias.data(), 0, total}, result.data(), out_stride);
+    }
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < partition.ranges(); ++index) {
+      const Range range = partition.range(index);
+      for_each_tile(range, tile_size, [&](const Range& tile) {
+        const int64_t first = range.sample * positions + tile.begin;
+        T* of_tile = &middle[first * middle_stride];
+        if (weights.fusion) {
+          if (between.data) store_tile(between, between_offsets, tile, 0, weights.middle, of_tile, middle_stride);
+          return store_tile(out, out_offsets, tile, 0, weights.outputs, &result[first * out_stride], out_stride);
+        }
+        last.finish(of_tile, tile.end - tile.begin, index);
+        store_tile(out, out_offsets, tile, 0, weights.outputs, of_tile, middle_stride);
+      });
+    }
+    last.add_moments(total);
+  }
+}
+
 template <class S>
 void multi_scale(const View<const S>& x, const ScaleWeights<Compute<S>>& weights, const View<S>& out,
                  const View<S>& between, const Finish<Compute<S>>& finish, int threads) {
   using T = Compute<S>;
+  // A thread needs panels of its own.
+  if (x.shape.batch * x.shape.positions() <= kFewPositions && weights.middle >= 4 * Panels<T>::kWidth)
+    return multi_scale_of_few(x, weights, out, between, finish, threads);
   using F = Factor<S>;
   const int64_t channels = x.shape.channels, stride = padded<T>(channels), inner = weights.scales * stride;
   const int64_t middle_stride = padded<T>(weights.middle), out_stride = padded<T>(weights.outputs);

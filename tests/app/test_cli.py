@@ -78,6 +78,28 @@ def test_evaluate(run: Path) -> None:
     assert Image.open(out / "cases.png").size[0] > 300
 
 
+def test_analyse(run: Path) -> None:
+    done = btinet(
+        "analyse", run, "--split", "val", "--bootstrap", "200", "--device", "cpu", "--batch-size", "3", check=True
+    )
+    out = run / "analysis-val"
+    assert f"Written to {out}" in done.stdout
+    assert all(f"\n  {level} " in done.stdout for level in ("d1", "d2", "d3", "d4"))
+    with (out / "images.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (run / "split.csv").open(newline="") as file:
+        validated = {row["image"] for row in csv.DictReader(file) if row["split"] == "val"}
+    assert {row["image"] for row in rows} == validated
+    found = json.loads((out / "analysis.json").read_text())
+    for level in ("d1", "d2", "d3", "d4"):
+        mean = found["levels"][level]["displacement"]["clf_to_seg"]["before_gate"]["overall"]["mean"]
+        assert mean == pytest.approx(
+            np.mean([float(row[f"displacement_clf_to_seg_{level}"]) for row in rows]), rel=1e-4
+        )
+        assert 0 < mean < 0.7  # the strength of the interaction bounds it
+    assert Image.open(out / "displacement.png").size[0] > 300
+
+
 def test_predict(run: Path, ultrasound: Path, tmp_path: Path) -> None:
     images = sorted((ultrasound / "benign").glob("*).png"))[:2]
     btinet("predict", run, images[0], ultrasound / "malignant", "--out", tmp_path / "out", check=True)
@@ -171,6 +193,7 @@ def test_a_checkpoint_of_another_model(run: Path, tmp_path: Path, ultrasound: Pa
     image = ultrasound / "benign" / "benign (1).png"
     refused(["predict", other, image, "--out", tmp_path / "out"], weights, "another model")
     refused(["evaluate", other], weights, "another model")
+    refused(["analyse", other], weights, "another model")
     assert not (tmp_path / "out").exists()
 
 
@@ -194,6 +217,9 @@ def test_a_bad_image_among_good_ones_stops_prediction_before_anything_is_written
         (["train", "--data", "{data}", "--out", "/tmp/x-new", "--recipe", "{a: 1}"], ["recipe", "'a'"]),
         (["train", "--data", "{data}", "--out", "/tmp/x-new", "--colour", "red"], ["--colour"]),
         (["evaluate", "/nowhere"], ["/nowhere"]),
+        (["analyse", "/nowhere"], ["/nowhere"]),
+        (["analyse", "/nowhere", "--bootstrap", "10"], ["--bootstrap 10", "at least 100"]),
+        (["analyse", "/nowhere", "--split", "best"], ["--split", "val"]),
         (["predict", "/nowhere", "{data}", "--out", "/tmp/x-new"], ["/nowhere"]),
         (["demo", "--out", "{data}"], ["not empty"]),
         (["paint"], ["paint", "train"]),

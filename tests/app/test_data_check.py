@@ -17,6 +17,7 @@ from btinet.cli import main
 from btinet.data import (
     DataSource,
     LayoutOptions,
+    MaskFormat,
     audit,
     read_collection,
     read_manifest,
@@ -66,7 +67,7 @@ def test_every_bad_file_is_listed_not_only_the_first(busi: Any) -> None:
     assert "benign (4)_mask.png: the mask is 9×9 pixels but its image is 48×40" in size
     assert "benign (5)_mask.png" in values
     assert "5 different values" in values
-    assert len(findings(busi.root, mask_threshold=127)["masks that cannot be used"]) == 1
+    assert len(findings(busi.root, mask_format=MaskFormat(127))["masks that cannot be used"]) == 1
 
 
 def test_lesions_where_none_are_expected_and_the_reverse(busi: Any) -> None:

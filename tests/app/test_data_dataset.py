@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from btinet.data import (
     Augmentation,
     EpochBatches,
+    MaskFormat,
     Preprocessing,
     Sample,
     SegmentationDataset,
@@ -109,7 +110,7 @@ def test_mask_threshold_reaches_the_reader(samples: list[Sample]) -> None:
     Image.fromarray(grey).save(path)
     with pytest.raises(UserError, match="mask_threshold"):
         SegmentationDataset(samples, PLAIN)
-    mask = SegmentationDataset(samples, PLAIN, mask_threshold=127)[0]["mask"]
+    mask = SegmentationDataset(samples, PLAIN, mask_format=MaskFormat(127))[0]["mask"]
     assert torch.equal(mask[0] * 200, pixels(samples[0])[0])
 
 

@@ -18,9 +18,11 @@ from btinet import BTINetOutput, UserError, create_model, load_checkpoint
 from btinet.data import SegmentationDataset, read_collection, read_split
 from btinet.training import engine
 from btinet.training.averaging import WeightAverage
-from btinet.training.epochs import CLIP_NORM, Loaders, train_epoch
+from btinet.training.epochs import CLIP_NORM, Loaders, Objective, train_epoch
+from btinet.training.objective import KnownShares
 from btinet.training.options import TrainOptions
 from btinet.training.train import train
+from btinet.training.weighting import Weighting
 
 SMALL = {"model": "btinet_mobilenetv3_small_050", "image_size": 32, "epochs": 1, "stage2_epochs": 1, "device": "cpu"}
 
@@ -50,8 +52,8 @@ class Linear(nn.Module):
         return BTINetOutput(image, self.layer(image.flatten(1)), {}, {})
 
 
-def squared(output: BTINetOutput, batch: dict[str, Tensor]) -> Tensor:
-    return (output.cls_logits - batch["target"]).square().mean()
+def squared(output: BTINetOutput, batch: dict[str, Tensor], known: KnownShares) -> dict[str, Tensor]:
+    return {"clf": (output.cls_logits - batch["target"]).square().mean()}
 
 
 def batches(sizes: list[int]) -> list[dict[str, Tensor]]:
@@ -71,14 +73,15 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     module = Linear()
     wrapped = engine.wrap(fabric, module, compiled=False)
     optimizer = fabric.setup_optimizers(torch.optim.SGD(module.parameters(), 0.1))
-    loaders = Loaders(data, None, data, torch.contiguous_format)  # type: ignore[arg-type]
+    everything = KnownShares(1, 1)
+    loaders = Loaders(data, None, data, torch.contiguous_format, everything, everything)  # type: ignore[arg-type]
     steps: list[None] = []
-    mean = train_epoch(
+    means = train_epoch(
         fabric,
         wrapped,
         optimizer,  # type: ignore[arg-type]
         loaders,
-        squared,
+        Objective(squared, Weighting({"clf": 0.5})),
         accumulate=accumulate,
         average=None,
         advance=lambda: steps.append(None),
@@ -90,12 +93,13 @@ def test_accumulated_batches_are_one_large_batch() -> None:
         x = np.concatenate([b["image"].flatten(1).numpy() for b in group])
         error = x @ weight.T + bias - np.concatenate([b["target"].numpy() for b in group])
         losses.append((error**2).mean() * len(x))
-        gradients = [2 * error.T @ x / error.size, 2 * error.sum(0) / error.size]
+        gradients = [error.T @ x / error.size, error.sum(0) / error.size]
         norm = math.sqrt(sum((g**2).sum() for g in gradients))
         scale = min(1, CLIP_NORM / (norm + 1e-6))
         weight, bias = weight - 0.1 * scale * gradients[0], bias - 0.1 * scale * gradients[1]
     assert len(steps) == len(data)
-    assert mean == pytest.approx(sum(losses) / sum(sizes), rel=1e-12)
+    assert means["train_clf_loss"] == pytest.approx(sum(losses) / sum(sizes), rel=1e-12)
+    assert means["train_loss"] == pytest.approx(means["train_clf_loss"] / 2, rel=1e-12)
     np.testing.assert_allclose(module.layer.weight.detach(), weight, rtol=1e-12)
     np.testing.assert_allclose(module.layer.bias.detach(), bias, rtol=1e-12)
 

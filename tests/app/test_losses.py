@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from btinet.training.losses import LossOptions, classification_loss, gate_losses, soft_iou
+from btinet.training.losses import LossOptions, classification_loss, gate_loss, segmentation_loss, soft_iou
 from btinet.training.options import RECIPES, TrainOptions, recipe_of
 from btinet.training.schedule import CosinePlateau, EarlyStopping
 
@@ -35,16 +35,24 @@ def test_classification_loss(official: np.lib.npyio.NpzFile) -> None:
     assert value.item() == pytest.approx(official["loss_classification/value"].item(), rel=1e-5)
 
 
-def test_classification_loss_by_hand_and_without_labels() -> None:
-    logits = torch.tensor([[0.0, 0.0], [3.0, -1.0]], requires_grad=True)
-    one = classification_loss(logits, torch.tensor([1, -1]), LossOptions())
-    assert one.item() == pytest.approx(0.25 * math.log(2), rel=1e-6)
-    none = classification_loss(logits, torch.tensor([-1, -1]), LossOptions())
-    assert none.item() == 0
-    assert torch.autograd.grad(none, logits)[0].abs().max() == 0
+def test_classification_loss_by_hand_and_with_class_weights() -> None:
+    logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]])
+    labels = torch.tensor([1, 0])
+    each = 0.25 * math.log(2), 0.75**2 * math.log(4)
+    assert classification_loss(logits, labels, LossOptions()).item() == pytest.approx(sum(each) / 2, rel=1e-6)
+    weighted = classification_loss(logits, labels, LossOptions(), torch.tensor([2.0, 0.5]))
+    assert weighted.item() == pytest.approx((0.5 * each[0] + 2 * each[1]) / 2, rel=1e-6)
 
 
-def test_gate_losses(official: np.lib.npyio.NpzFile) -> None:
+def test_segmentation_of_several_classes_is_the_mean_of_each_against_the_rest() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(3, 4, 12, 10), (torch.rand(3, 4, 12, 10) > 0.6).float()
+    each = [segmentation_loss(logits[:, k : k + 1], target[:, k : k + 1], LossOptions()) for k in range(4)]
+    whole = segmentation_loss(logits, target, LossOptions())
+    assert whole.item() == pytest.approx(float(sum(each)) / 4, rel=1e-5)
+
+
+def test_gate_loss(official: np.lib.npyio.NpzFile) -> None:
     """Official totals are task + 1.0 · gate term; ours is the gate term alone."""
     prediction, target = pair(official, "loss_segmentation")
     probabilities = torch.from_numpy(official["loss_classification/prediction"]).double()
@@ -52,7 +60,9 @@ def test_gate_losses(official: np.lib.npyio.NpzFile) -> None:
     torch.testing.assert_close(
         soft_iou(prediction, target).float(), torch.from_numpy(official["soft_iou"]), rtol=1e-5, atol=1e-6
     )
-    seg, clf = gate_losses(torch.logit(prediction), probabilities.log(), target, {"d1": gates, "d2": gates})
+    both_levels = torch.stack([gates, gates])
+    seg = gate_loss(both_levels[..., 0], soft_iou(prediction.detach(), target).float())
+    clf = gate_loss(both_levels[..., 1], probabilities.amax(1).float())
     for ours, stream, task in ((seg, "seg", "segmentation"), (clf, "clf", "classification")):
         wanted = official[f"gate_loss/{stream}_total"].item() - official[f"loss_{task}/value"].item()
         assert ours.item() == pytest.approx(wanted, rel=2e-5)

@@ -16,7 +16,7 @@ from btinet.evaluation.tables import write_csv, write_json
 from btinet.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from btinet.models.factory import create_model
 from btinet.serving import predict
-from btinet.serving.overlays import OUTLINE, draw_overlay
+from btinet.serving.overlays import OUTLINES, draw_overlay
 from btinet.serving.predict import PredictOptions, find_images, output_names, predict_files
 
 
@@ -140,7 +140,7 @@ def test_overlay_draws_the_inner_edge_of_the_mask() -> None:
     mask = np.zeros((20, 20), dtype=bool)
     mask[5:10, 0:6] = True
     picture = draw_overlay(image, mask)
-    outlined = (picture == OUTLINE).all(axis=2)
+    outlined = (picture == OUTLINES[0]).all(axis=2)
     expected = mask.copy()
     expected[6:9, 1:5] = False
     np.testing.assert_array_equal(outlined, expected)

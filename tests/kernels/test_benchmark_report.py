@@ -139,3 +139,26 @@ def test_every_variant_of_the_network_is_a_row(tmp_path: Path) -> None:
 def test_the_committed_network_report_is_up_to_date() -> None:
     results = report.CHECKOUT / "benchmarks" / "results"
     assert (report.CHECKOUT / "docs" / "network_benchmarks.md").read_text() == report_modules.network_report(results)
+
+
+def test_loading_is_reported_in_images_per_second(tmp_path: Path) -> None:
+    loaded = case(1, 1, {"in memory, 0 workers": 400.0}, direction="an epoch of 128") | {"name": "PNG", "images": 128}
+    loaded["variants"]["in memory, 0 workers"] |= {"q1_ms": 320.0, "q3_ms": 640.0}
+    step = case(1, 1, {"training step": 4000.0}, direction="training step") | {
+        "name": "net, training step",
+        "images": 8,
+    }
+    machine = {
+        "slug": "abacus",
+        "cpu": "Abacus",
+        "cores": 2,
+        "torch": "2.15.0",
+        "allocator": "glibc",
+        "date": "2026-01-02",
+    }
+    (tmp_path / "abacus").mkdir()
+    (tmp_path / "abacus" / "loading.json").write_text(json.dumps({"machine": machine, "cases": [loaded, step]}))
+    text = report_modules.network_report(tmp_path)
+    assert "| PNG, an epoch of 128 | in memory, 0 workers | 320 (200 … 400) |" in text
+    assert "| net, training step | training step | 2 (2 … 2) |" in text
+    assert "PNG" not in report_modules.network_summary(tmp_path)

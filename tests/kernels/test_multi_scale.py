@@ -18,7 +18,8 @@ from btinet_kernels.nn import MultiScaleContextFusion
 
 # Tiles have 96 positions, vectors 16 channels; dilation 4 reaches beyond maps of fewer than five positions. Large maps
 # do not fit one band of the backward: within an image, and after some whole images. Few positions are not worth the
-# merging of the weights; the widest has its inner products in pieces.
+# merging of the weights; the widest have their inner products in pieces. At most 512 positions and enough channels:
+# the weights are turned around a panel at a time.
 SHAPES = [
     (2, 3, 9),
     (3, 16, 8, 6),
@@ -33,6 +34,8 @@ SHAPES = [
     (9, 20, 40, 36),
     (2, 40, 6, 5),
     (1, 352, 9, 10),
+    (3, 100, 12, 12),
+    (6, 352, 9, 10),
 ]
 LAYOUTS = ["rows", "planes"]
 
@@ -89,7 +92,7 @@ def test_native_in_float64(shape: tuple[int, ...], layout: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 48, 60, 50), (3, 37, 14, 14), (1, 16, 7, 9, 8)])
+@pytest.mark.parametrize("shape", [(2, 48, 60, 50), (3, 37, 14, 14), (1, 16, 7, 9, 8), (2, 200, 7, 5)])
 def test_single_and_half_precision(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     fusion, x = module(shape[1], len(shape) - 2), dense(shape, layout, dtype)
     upstream = torch.randn(shape).to(dtype)
@@ -204,9 +207,10 @@ def flat(kernels: Kernels) -> list[Tensor]:
     return [*kernels.taps, *kernels.pointwise, *(t for t in kernels[2:] if t is not None)]
 
 
+@pytest.mark.parametrize("shape", [(3, 40, 40, 37), (3, 220, 7, 9)])
 @pytest.mark.parametrize("fusion", [False, True])
-def test_repeats_are_bit_identical_for_any_number_of_threads(fusion: bool) -> None:
-    x, of = dense((3, 40, 40, 37), "rows", torch.float32), kernels(40, 3, fusion=fusion, dtype=torch.float32)
+def test_repeats_are_bit_identical_for_any_number_of_threads(fusion: bool, shape: tuple[int, ...]) -> None:
+    x, of = dense(shape, "rows", torch.float32), kernels(shape[1], 3, fusion=fusion, dtype=torch.float32)
     before = torch.get_num_threads()
     runs = []
     try:

@@ -26,6 +26,7 @@ CASES = [
     ((1, 16, 3, 70, 12), 8, 2),
     ((2, 176, 130, 61), 8, 1),
     ((1, 1100, 3, 5), 20, 1),
+    ((2, 130, 5, 6), 101, 2),
 ]
 LAYOUTS = ["rows", "planes"]
 FOLLOWED_BY = ["nothing", "relu", "norm", "relu, norm"]
@@ -233,6 +234,18 @@ def test_repeats_are_identical_for_any_number_of_threads(layout: str) -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_positions_have_the_sums_of_many(dtype: torch.dtype) -> None:
+    """Their products go through the weights in another order, but add up the same."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 1100, 13, 11).to(dtype).to(memory_format=torch.channels_last)
+    weights = SeparableWeights(torch.randn(1100, 1, 3, 3), torch.randn(210, 1100, 1, 1), torch.randn(210))
+    with torch.no_grad(), use_backend("native"):
+        one, all_of_them = (fused_separable_conv(part, weights, relu=True) for part in (x[:1], x))
+    assert x[:1].shape[2:].numel() <= 512 < x.numel() // x.shape[1]
+    assert torch.equal(one, all_of_them[:1])
 
 
 def test_a_gradient_of_another_layout() -> None:

@@ -1,0 +1,1 @@
+"""Experiments of many trainings: ablations and cross-validation."""
