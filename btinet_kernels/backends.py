@@ -27,12 +27,12 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "fused_separable_conv": ("native", "triton"),
     "fused_dual_path_attention": ("native", "triton"),
     "fused_squeeze_excite": ("native", "triton", "cuda"),
-    "fused_segmentation_loss": ("native",),
+    "fused_segmentation_loss": ("native", "triton"),
     "fused_upsample_twice": ("native",),
     "fused_joint_projection": ("native",),
-    "fused_position_gate": ("native",),
+    "fused_position_gate": ("native", "triton"),
     "fused_batch_norm_act": ("native", "triton"),
-    "fused_depthwise_conv": ("native",),
+    "fused_depthwise_conv": ("native", "triton"),
     "fused_dropout": ("native", "triton"),
 }
 ENVIRONMENT_VARIABLE = "BTINET_BACKEND"

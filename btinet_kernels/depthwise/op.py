@@ -1,11 +1,12 @@
 """How autograd sees depthwise convolution, and its public function.
 
-The library's kernels are good at some of it: which of the two computes is chosen for the forward and for the backward
-apart, by shape and memory format.
+On the CPU the library's kernels are good at some of it: which of the two computes is chosen for the forward and for the
+backward apart, by shape and memory format.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from btinet_kernels.backends import choose, requested_backend
-from btinet_kernels.depthwise import native, reference
+from btinet_kernels.backends import choose, kernels_for, requested_backend
+from btinet_kernels.depthwise import reference
 from btinet_kernels.depthwise.reference import Geometry
 from btinet_kernels.interaction.passes_op import accumulation_dtype, in_format_of, no_double_backward, unwatched
 
-# Where `auto` leaves 3×3 kernels without dilation to the library: maps of fewer positions, forward and backward, by
-# memory format. Measured on one thread.
+OPERATOR = "fused_depthwise_conv"
+# Where `auto` leaves 3×3 kernels without dilation to the library on the CPU: maps of fewer positions, forward and
+# backward, by memory format. Measured on one thread.
 FEWEST_POSITIONS = 28 * 28
 FEWEST_POSITIONS_CHANNELS_LAST = 56 * 56  # of a backward; forward the library is faster at any size
 
@@ -62,21 +64,21 @@ def fused_depthwise_conv(
 
 def depthwise_is_served(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether kernels take a part of this call; autocast converts what plain operations are given, so it keeps them."""
-    if choose("fused_depthwise_conv", x) == "reference" or torch.is_autocast_enabled(x.device.type) or len(x) == 0:
+    if choose(OPERATOR, x) == "reference" or torch.is_autocast_enabled(x.device.type) or len(x) == 0:
         return False
     differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _forward_is_native(x, weight, geometry) or (differentiated and _backward_is_native(x, weight, geometry))
+    return _forward_by_kernels(x, weight, geometry) or (differentiated and _backward_by_kernels(x, weight, geometry))
 
 
-def _forward_is_native(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    if requested_backend() != "auto":
+def _forward_by_kernels(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    if not x.is_cpu or requested_backend() != "auto":
         return True
     rows = geometry.format_of(x) == torch.channels_last
     return not rows and x.shape[2] * x.shape[3] >= FEWEST_POSITIONS
 
 
-def _backward_is_native(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    if requested_backend() != "auto" or weight[0, 0].numel() > 9 or max(geometry.dilation) > 1:
+def _backward_by_kernels(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    if not x.is_cpu or requested_backend() != "auto" or weight[0, 0].numel() > 9 or max(geometry.dilation) > 1:
         return True
     rows = geometry.format_of(x) == torch.channels_last
     return x.shape[2] * x.shape[3] >= (FEWEST_POSITIONS_CHANNELS_LAST if rows else FEWEST_POSITIONS)
@@ -90,8 +92,8 @@ def _forward(
 ) -> Tensor:
     """The convolution."""
     geometry = Geometry(stride, padding, dilation)
-    if _forward_is_native(x, weight, geometry):
-        return native.depthwise(x, _dense(x, weight), None if bias is None else _dense(x, bias), geometry)
+    if _forward_by_kernels(x, weight, geometry):
+        return _passes_for(x).depthwise(x, _dense(x, weight), None if bias is None else _dense(x, bias), geometry)
     of_x = [None if w is None else w.to(x.dtype) for w in (weight, bias)]
     out = F.conv2d(x, of_x[0], of_x[1], *geometry, groups=x.shape[1])  # type: ignore[arg-type]
     return out.contiguous(memory_format=geometry.format_of(x))
@@ -115,8 +117,8 @@ def _gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight."""
     geometry = Geometry(stride, padding, dilation)
-    if _backward_is_native(x, weight, geometry):
-        d_x, d_weight = native.depthwise_backward(x, d_out, _dense(x, weight), geometry)
+    if _backward_by_kernels(x, weight, geometry):
+        d_x, d_weight = _passes_for(x).depthwise_backward(x, d_out, _dense(x, weight), geometry)
     else:
         d_x, d_weight, _ = torch.ops.aten.convolution_backward(
             d_out, x, weight.to(x.dtype), None, *geometry, False, [0, 0], x.shape[1], [True, True, False]
@@ -168,6 +170,11 @@ class _Depthwise(torch.autograd.Function):
         return out
 
     backward = staticmethod(_backward)
+
+
+def _passes_for(x: Tensor) -> Any:
+    """The module whose kernels take x."""
+    return import_module(f"btinet_kernels.depthwise.{kernels_for(x, OPERATOR)}")
 
 
 def _dense(x: Tensor, weight: Tensor) -> Tensor:

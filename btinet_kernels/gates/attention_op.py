@@ -5,13 +5,14 @@ Both are operators of their own: the joint projection of skip and gating signal,
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from btinet_kernels.backends import choose, requested_backend
+from btinet_kernels.backends import choose, kernels_for, requested_backend
 from btinet_kernels.gates import attention_native as native
 from btinet_kernels.gates import attention_reference as reference
 from btinet_kernels.gates.attention_reference import JointWeights
@@ -116,6 +117,11 @@ def _taken(x: Tensor, *weights: Tensor) -> list[Tensor]:
     return converted(weights, accumulation_dtype(x))  # type: ignore[return-value]
 
 
+def _gate_passes_for(x: Tensor) -> Any:
+    """The module whose kernels gate x."""
+    return import_module(f"btinet_kernels.gates.attention_{kernels_for(x, GATE)}")
+
+
 def _like(weights: tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
 
@@ -190,7 +196,7 @@ class _Joint(torch.autograd.Function):
 )
 def position_gate(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The gated tensor, and the gates ``[B, N]``."""
-    return native.position_gate(x, h, *_taken(x, weight, bias))
+    return _gate_passes_for(x).position_gate(x, h, *_taken(x, weight, bias))
 
 
 @position_gate.register_fake
@@ -205,7 +211,7 @@ def _(x, h, weight, bias):  # type: ignore[no-untyped-def]
 )
 def position_gate_gradient(d_out: Tensor, x: Tensor, h: Tensor, gate: Tensor, weight: Tensor) -> list[Tensor]:
     """Gradients of x, h, weight and bias."""
-    gradients = native.position_gate_backward(d_out, x, h, gate, *_taken(x, weight))
+    gradients = _gate_passes_for(x).position_gate_backward(d_out, x, h, gate, *_taken(x, weight))
     return [*gradients[:2], *(d.to(weight.dtype) for d in gradients[2:])]
 
 

@@ -6,15 +6,16 @@ an image, ``reference.loss_of``, which PyTorch differentiates.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from btinet_kernels.backends import choose
+from btinet_kernels.backends import choose, kernels_for
 from btinet_kernels.interaction.passes_op import accumulation_dtype, no_double_backward
-from btinet_kernels.losses import native, reference
+from btinet_kernels.losses import reference
 from btinet_kernels.losses.reference import EmptyMasks, MaskStatistics, SegmentationLossOptions
 
 OPERATOR = "fused_segmentation_loss"
@@ -67,7 +68,7 @@ def _check(logits: Tensor, target: Tensor, options: SegmentationLossOptions) -> 
 @custom_op("btinet_kernels::mask_statistics", mutates_args=())
 def mask_statistics(logits: Tensor, target: Tensor, hard_boundary: bool, cross_entropy: bool) -> tuple[Tensor, Tensor]:
     """``MaskStatistics`` as ``[B, 8]``; for the backward, the mean Sobel response to the prediction ``[B]``."""
-    return native.statistics(logits, target, hard_boundary=hard_boundary, cross_entropy=cross_entropy)
+    return _passes_for(logits).statistics(logits, target, hard_boundary=hard_boundary, cross_entropy=cross_entropy)
 
 
 @mask_statistics.register_fake
@@ -84,7 +85,8 @@ def mask_statistics_gradient(
     d_statistics: Tensor, logits: Tensor, target: Tensor, sobel_mean: Tensor, hard_boundary: bool
 ) -> Tensor:
     """The gradient of the logits."""
-    return native.statistics_backward(d_statistics, logits, target, sobel_mean, hard_boundary=hard_boundary)
+    passes = _passes_for(logits)
+    return passes.statistics_backward(d_statistics, logits, target, sobel_mean, hard_boundary=hard_boundary)
 
 
 @mask_statistics_gradient.register_fake
@@ -125,3 +127,8 @@ class _MaskStatistics(torch.autograd.Function):
 
 def _differentiable(*inputs: Any) -> tuple[Tensor, ...]:
     return mask_statistics(*inputs) if torch.compiler.is_compiling() else _MaskStatistics.apply(*inputs)
+
+
+def _passes_for(logits: Tensor) -> Any:
+    """The module whose kernels take the logits."""
+    return import_module(f"btinet_kernels.losses.{kernels_for(logits, OPERATOR)}")

@@ -161,8 +161,9 @@ def depthwise_maps(
     maps = x.new_empty(batch, x.shape[2:].numel(), scales, channels)
     if not x.numel():
         return maps, taps.new_zeros(batch, scales, 9, channels)
-    programs, walk = _walk(x, TILE if d_maps is None else TILE_WITH_SUMS, lanes=scales)
-    gathered = taps.new_empty(batch, 0 if d_maps is None else walk["parts"], scales, 9, channels)
+    tile = TILE if d_maps is None else TILE_WITH_SUMS
+    programs, walks = walk(x, maps.shape[1], tile, lanes=scales)
+    gathered = taps.new_empty(batch, 0 if d_maps is None else walks["parts"], scales, 9, channels)
     launch(
         maps_of_scale,
         programs,
@@ -176,7 +177,7 @@ def depthwise_maps(
         dilation,
         SCALES=scales,
         GRADIENT=d_maps is not None,
-        **walk,
+        **walks,
     )
     return maps, gathered if d_maps is None else gathered.sum(1)
 
@@ -185,17 +186,18 @@ def depthwise_input_gradient(x: Tensor, d_maps: Tensor, taps: Tensor, share: Ten
     """Gradient of x from that of its maps, in the format of x."""
     d_x = torch.empty_like(x)
     if x.numel():
-        programs, walk = _walk(x, TILE, lanes=1)
-        launch(input_gradient, programs, d_maps, taps, share, d_x, *_sizes(d_x), dilation, SCALES=len(taps), **walk)
+        programs, walks = walk(x, x.shape[2:].numel(), TILE, lanes=1)
+        launch(input_gradient, programs, d_maps, taps, share, d_x, *_sizes(d_x), dilation, SCALES=len(taps), **walks)
     return d_x
 
 
-def _walk(x: Tensor, tile: int, lanes: int) -> tuple[int, dict[str, Any]]:
-    """How many programs there are, ``lanes`` for each part of an image and block of channels, and how each walks."""
+def walk(x: Tensor, positions: int, tile: int, lanes: int) -> tuple[int, dict[str, Any]]:
+    """How many programs there are, ``lanes`` for each part of the positions of an image like ``x`` and block of its
+    channels, and how each walks."""
     batch, channels = x.shape[:2]
     block_c = channel_block(channels) if x.stride(1) == 1 else 16  # planes are read in long runs of positions
     block_n = tile // block_c
-    tiles, lanes = triton.cdiv(x.shape[2:].numel(), block_n), batch * lanes * triton.cdiv(channels, block_c)
+    tiles, lanes = triton.cdiv(positions, block_n), batch * lanes * triton.cdiv(channels, block_c)
     tiles_per_part = min(tiles, max(1, lanes * tiles // ENOUGH_PROGRAMS))
     parts = triton.cdiv(tiles, tiles_per_part)
     return lanes * parts, {

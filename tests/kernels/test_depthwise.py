@@ -276,7 +276,7 @@ def test_bad_input(change: dict, message: str) -> None:  # type: ignore[type-arg
 
 def test_weights_may_stay_single_under_half_precision() -> None:
     x, w = dense((2, 6, 9, 9), "rows", torch.bfloat16), weights(6, 5, torch.float32)
-    assert not op._forward_is_native(x, w[0], Geometry([1, 1], [2, 2], [1, 1]))  # the library's forward
+    assert not op._forward_by_kernels(x, w[0], Geometry([1, 1], [2, 2], [1, 1]))  # the library's forward
     out = fused_depthwise_conv(x, w[0].requires_grad_(), w[1], padding=2)
     assert out.dtype == torch.bfloat16
     assert torch.autograd.grad(out.sum(), [w[0]])[0].dtype == torch.float32

@@ -113,17 +113,6 @@ def test_official_loss_through_the_operator(official: np.lib.npyio.NpzFile, back
         check(official, "loss_segmentation", value, prediction)
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that torch hands out is full of NaN, so that what a kernel leaves unwritten shows."""
-
-    def poison(make):  # type: ignore[no-untyped-def]
-        return lambda *args, **kwargs: make(*args, **kwargs).fill_(torch.nan)
-
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,13 +1,23 @@
 """The Triton passes against float64 mathematics: on a GPU with ``pytest -m gpu``, interpreted on the CPU otherwise."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import Tensor
+from triton_support import (
+    DEVICE,
+    HALF,
+    LAYOUTS,
+    SERVED,
+    dense,
+    in_double,
+    interpreted_in_parts,
+    largest_error,
+    on_device,
+    run_interpreted,
+)
+from triton_support import tolerance as tolerance_of_products
 
 from btinet_kernels import use_backend
 from btinet_kernels.interaction import reference
@@ -17,54 +27,18 @@ from btinet_kernels.nn import TaskInteractionLevel
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-SERVED = INTERPRETED or torch.cuda.is_available()
 if SERVED:
     from btinet_kernels.interaction import triton as passes
 
-needs_kernels = [
-    pytest.mark.skipif(not SERVED, reason="there is no GPU; the kernels ran in a process that interprets them"),
-    pytest.mark.gpu,
-]
-on_device = [pytest.mark.usefixtures("seeded"), *needs_kernels]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 POOLS = [None, "gap", "softmax"]
 # Tiles hold 16 to 128 positions and 16 or 32 channels: sizes below, at and above, in one to three dimensions.
 SHAPES = [(2, 3, 9), (2, 16, 8, 6), (2, 6, 1, 1), (1, 1, 5, 7)]
 SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 33, 9, 7), (2, 5, 8, 3, 4), (1, 140, 3, 6))]
 
 
-@pytest.fixture
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="these tests run here directly")
-@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@interpreted_in_parts
 def test_interpreted_in_a_process_of_its_own(part: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "BTINET_BACKEND": "auto"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--import-mode=importlib",
-        "-m",
-        part,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.path.dirname(__file__))
-    print("interpreted Triton kernels:", result.stdout.splitlines()[-1])
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert " passed" in result.stdout
-
-
-def dense(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    x = torch.randn(shape).to(DEVICE, dtype)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    run_interpreted(__file__, part)
 
 
 def context_of(channels: int, pool: str | None) -> Context | None:
@@ -75,10 +49,6 @@ def context_of(channels: int, pool: str | None) -> Context | None:
     return Context(
         weight, torch.randn(hidden, device=DEVICE), torch.randn(hidden, device=DEVICE) if pool == "softmax" else None
     )
-
-
-def in_double(vectors):  # type: ignore[no-untyped-def]
-    return None if vectors is None else type(vectors)(*(v if v is None else v.double() for v in vectors))
 
 
 def run_passes(
@@ -103,45 +73,28 @@ def run_passes(
     return [ours, exact]
 
 
-def largest_error(ours: list[Tensor], exact: list[Tensor]) -> float:
-    """Relative to each tensor's largest magnitude, or to 1 where that is below 1."""
-    worst = 0.0
-    for a, b in zip(ours, exact, strict=True):
-        assert a.shape == b.shape
-        if b.numel():
-            assert a.isfinite().all()
-            worst = max(worst, ((a.double() - b).abs().max() / b.abs().max().clamp_min(1)).item())
-    return worst
-
-
 def tolerance(dtype: torch.dtype, terms: int) -> float:
-    """Sums of ``terms`` in float32 err by about sqrt(terms) half-ulps, and a few follow one another.
-
-    Stored results are rounded once (the interpreter truncates: a whole ulp); bf16 products hold 14 bits or more.
-    """
-    computed = 8 * terms**0.5 * 2.0**-24
-    if dtype == torch.float32:
-        return computed
-    return torch.finfo(dtype).eps + computed + (2.0**-14 if dtype == torch.bfloat16 else 0)
+    """Stored results are rounded once (the interpreter truncates: a whole ulp); bf16 products hold 14 bits or more."""
+    return tolerance_of_products(dtype, terms, roundings=1) + (2.0**-14 if dtype == torch.bfloat16 else 0)
 
 
 class TestPasses:
     pytestmark = on_device
 
-    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("pool", POOLS)
     @pytest.mark.parametrize("shape", SHAPES)
-    def test_shapes(self, shape: tuple[int, ...], pool: str | None, channels_last: bool) -> None:
-        seg, grad = dense(shape, channels_last), dense(shape, not channels_last)
+    def test_shapes(self, shape: tuple[int, ...], pool: str | None, layout: str) -> None:
+        seg, grad = dense(shape, layout), dense(shape, "planes" if layout == "rows" else "rows")
         ours, exact = run_passes(seg, grad, context_of(shape[1], pool), variance=True, edges=True)
         assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("pool", POOLS)
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision(self, dtype: torch.dtype, pool: str | None, channels_last: bool) -> None:
-        seg, grad = dense((2, 17, 9, 4), channels_last, dtype), dense((2, 17, 9, 4), channels_last, dtype)
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_half_precision(self, dtype: torch.dtype, pool: str | None, layout: str) -> None:
+        seg, grad = dense((2, 17, 9, 4), layout, dtype), dense((2, 17, 9, 4), layout, dtype)
         ours, exact = run_passes(seg, grad, context_of(17, pool), variance=False, edges=True)
         assert largest_error(ours[:5], exact[:5]) < tolerance(torch.float32, seg.numel()) + 2.0**-14
         assert largest_error(ours, exact) < tolerance(dtype, seg.numel())
@@ -166,7 +119,7 @@ class TestPasses:
         assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
     def test_upstream_gradients_may_be_expanded(self) -> None:
-        seg, grad = dense((2, 5, 9, 4), True), torch.randn(2, 1, 1, 1).to(DEVICE).expand(2, 5, 9, 4)
+        seg, grad = dense((2, 5, 9, 4), "rows"), torch.randn(2, 1, 1, 1).to(DEVICE).expand(2, 5, 9, 4)
         ours, exact = run_passes(seg, grad, context_of(5, "gap"), variance=True, edges=True)
         assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
@@ -177,24 +130,24 @@ class TestPasses:
         self, shape: tuple[int, ...], pool: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(passes, "ENOUGH_PROGRAMS", 2)
-        seg, grad = dense(shape, False), dense(shape, True)
+        seg, grad = dense(shape, "planes"), dense(shape, "rows")
         ours, exact = run_passes(seg, grad, context_of(shape[1], pool), variance=True, edges=True)
         assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
     def test_ties_have_zero_slope(self) -> None:
         seg = torch.randint(-1, 2, (2, 4, 9, 7)).float().to(DEVICE)
-        ours, exact = run_passes(seg, dense((2, 4, 9, 7), True), None, variance=False, edges=True)
+        ours, exact = run_passes(seg, dense((2, 4, 9, 7), "rows"), None, variance=False, edges=True)
         assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
     def test_variance_far_from_zero(self) -> None:
-        seg = dense((2, 4, 9, 9), False) + 1e4
+        seg = dense((2, 4, 9, 9), "planes") + 1e4
         seg[..., 0, 0] = 0  # a first pixel unlike all others
         exact = seg[1:].double().flatten(2).var(2, unbiased=False)
         stats = passes.statistics(seg[1:], None, variance=True, edges=False)
         torch.testing.assert_close(stats.variance.double(), exact, rtol=1e-5, atol=0)
 
     def test_large_logits(self) -> None:
-        seg, context = dense((2, 6, 9, 5), True), context_of(6, "softmax")
+        seg, context = dense((2, 6, 9, 5), "rows"), context_of(6, "softmax")
         context = context._replace(pool_weight=context.pool_weight * 1e4)
         stats = passes.statistics(seg, context, variance=False, edges=False)
         exact = reference.statistics(seg.double(), in_double(context), variance=False, edges=False)
@@ -203,7 +156,7 @@ class TestPasses:
 
     @pytest.mark.parametrize("pool", ["gap", "softmax"])
     def test_nan_is_not_hidden(self, pool: str) -> None:
-        seg = dense((2, 4, 9, 5), True)
+        seg = dense((2, 4, 9, 5), "rows")
         seg[0, 1, 3, 3] = torch.nan
         broken, sound = passes.statistics(seg, context_of(4, pool), variance=True, edges=True).pooled
         assert broken.isnan().all()
@@ -211,32 +164,26 @@ class TestPasses:
 
     @pytest.mark.parametrize("pool", POOLS)
     def test_empty_batch(self, pool: str | None) -> None:
-        seg = dense((0, 5, 9, 4), False)
+        seg = dense((0, 5, 9, 4), "planes")
         ours, exact = run_passes(seg, seg, context_of(5, pool), variance=True, edges=True)
         assert largest_error(ours, exact) == 0
 
     @pytest.mark.parametrize("pool", ["gap", "softmax"])
-    def test_every_output_is_written(self, pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        like, new = torch.empty_like, torch.Tensor.new_empty
-
-        def poison(tensor: Tensor) -> Tensor:
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
-
-        monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(like(*args, **options)))
-        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(new(*args, **options)))
+    @pytest.mark.usefixtures("poisoned")
+    def test_every_output_is_written(self, pool: str) -> None:
         for shape in ((2, 19, 9, 5), (1, 140, 2, 3)):
-            seg = dense(shape, True)
-            ours, exact = run_passes(seg, dense(shape, False), context_of(shape[1], pool), variance=True, edges=True)
+            seg = dense(shape, "rows")
+            ours, exact = run_passes(seg, dense(shape, "planes"), context_of(shape[1], pool), variance=True, edges=True)
             assert largest_error(ours, exact) < tolerance(torch.float32, seg.numel())
 
     @pytest.mark.slow
     def test_a_context_too_wide_for_a_softmax_is_served_by_the_reference(self) -> None:
-        seg = dense((1, 514, 1, 2), True, torch.bfloat16)
+        seg = dense((1, 514, 1, 2), "rows", torch.bfloat16)
         ours, exact = run_passes(seg, seg, context_of(514, "softmax"), variance=True, edges=False)
         assert largest_error(ours, exact) < tolerance(torch.bfloat16, seg.numel())
 
     def test_lost_bits_are_recomputed(self) -> None:
-        seg, context = dense((2, 6, 9, 5), True), context_of(6, "gap")
+        seg, context = dense((2, 6, 9, 5), "rows"), context_of(6, "gap")
         stats = passes.statistics(seg, context, variance=False, edges=True, active=True)
         kept = passes.statistics_backward(seg, seg, stats.mean, context, stats, stats)
         lost = stats._replace(active=stats.active.new_empty(0))
@@ -246,7 +193,7 @@ class TestPasses:
 
     @pytest.mark.slow
     def test_repeats_are_bit_identical(self) -> None:
-        seg, grad, context = dense((2, 24, 9, 7), True), dense((2, 24, 9, 7), False), context_of(24, "softmax")
+        seg, grad, context = dense((2, 24, 9, 7), "rows"), dense((2, 24, 9, 7), "planes"), context_of(24, "softmax")
         runs = []
         for _ in range(2):
             torch.manual_seed(1)
@@ -255,7 +202,7 @@ class TestPasses:
 
     @pytest.mark.parametrize("pool", ["gap", "softmax"])
     def test_a_wrong_coefficient_is_noticed(self, pool: str) -> None:
-        seg, context = dense((2, 6, 9, 5), True), context_of(6, pool)
+        seg, context = dense((2, 6, 9, 5), "rows"), context_of(6, pool)
         stats = passes.statistics(seg, context, variance=True, edges=True, active=True)
         exact = _statistics_backward_reference(
             seg.double(), seg.double(), stats.mean.double(), in_double(context), in_double(stats), in_double(stats)
@@ -270,13 +217,13 @@ class TestPasses:
 class TestOperators:
     pytestmark = on_device
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
     @pytest.mark.parametrize(("pool", "signals"), list(itertools.product(["gap", "softmax"], ["proxies", "variance"])))
     def test_level_and_its_gradients(self, pool: str, signals: str, dtype: torch.dtype) -> None:
         module = TaskInteractionLevel(6, 7, pool=pool, signals=signals).double().to(DEVICE).train()
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.4)
-        seg, clf = dense((3, 6, 9, 5), True, dtype), torch.randn(3, 7).to(DEVICE, dtype)
+        seg, clf = dense((3, 6, 9, 5), "rows", dtype), torch.randn(3, 7).to(DEVICE, dtype)
         results = []
         for backend, working in (("reference", torch.float64), ("triton", torch.float32)):
             cast = torch.float64 if backend == "reference" else dtype
@@ -292,7 +239,7 @@ class TestOperators:
     @pytest.mark.parametrize("signals", ["proxies", "variance"])
     def test_gate_between_given_tensors(self, signals: str) -> None:
         gate = TaskInteractionLevel(5, 7, signals=signals).upa.double().to(DEVICE)
-        tensors = [dense((3, 5, 9, 4), True), dense((3, 5, 9, 4), False), *torch.randn(2, 3, 7).to(DEVICE)]
+        tensors = [dense((3, 5, 9, 4), "rows"), dense((3, 5, 9, 4), "planes"), *torch.randn(2, 3, 7).to(DEVICE)]
         results = []
         for backend, working in (("reference", torch.float64), ("triton", torch.float32)):
             inputs = [t.to(working).detach().requires_grad_() for t in tensors]

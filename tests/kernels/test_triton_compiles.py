@@ -28,21 +28,30 @@ KERNELS = {
     "combine_sums",
     "convolution_gradient_of_parts",
     "convolved_gradient_of_tiles",
+    "depthwise_input_gradient",
+    "depthwise_of_parts",
+    "depthwise_weight_gradient_of_parts",
     "dropout_of_places",
     "gate_gradient",
     "gate_gradients_of_tiles",
     "gate_tiles",
     "input_gradient",
     "input_gradient_of_tiles",
+    "logit_gradient_of_tiles",
     "maps_gradient_of_tiles",
     "maps_of_scale",
+    "mask_statistics_of_images",
+    "mask_sums_of_tiles",
     "moments_of_parts",
     "norm_gradient_of_parts",
     "norm_input_gradient_of_tiles",
     "normalise_tiles",
     "pointwise_gradient_of_parts",
+    "position_gate_gradient_of_tiles",
+    "position_gate_of_tiles",
     "product_of_tiles",
     "products_of_level",
+    "response_gradients_of_tiles",
     "results_of_samples",
     "softmax_context_gradient",
     "spatial_gate_of_tiles",
@@ -50,6 +59,18 @@ KERNELS = {
     "statistics_of_samples",
     "statistics_of_tiles",
     "summaries_of_tiles",
+}
+# Compiled for one of the architectures by default, and for all with the slow tests.
+LESS_OFTEN = {
+    "depthwise_input_gradient",
+    "depthwise_of_parts",
+    "depthwise_weight_gradient_of_parts",
+    "logit_gradient_of_tiles",
+    "mask_statistics_of_images",
+    "mask_sums_of_tiles",
+    "position_gate_gradient_of_tiles",
+    "position_gate_of_tiles",
+    "response_gradients_of_tiles",
 }
 WORKER = """
 import sys
@@ -78,12 +99,16 @@ def compile_only(self, *arguments, grid, warmup, **options):
         print(self.__name__, case, kernel.metadata.num_warps, kernel.metadata.shared, path)
 
 JITFunction.run = compile_only
+from btinet_kernels.depthwise import triton as depthwise
+from btinet_kernels.depthwise.reference import Geometry
 from btinet_kernels.dropout import triton as dropout
+from btinet_kernels.gates import attention_triton
 from btinet_kernels.gates import triton as gates
 from btinet_kernels.gates.reference import DualPathWeights
 from btinet_kernels.interaction import triton as passes
 from btinet_kernels.interaction.passes_op import LevelOptions
 from btinet_kernels.interaction.reference import Context, GateWeights, InteractionWeights, Statistics
+from btinet_kernels.losses import triton as losses
 from btinet_kernels.multi_scale import triton as multi_scale
 from btinet_kernels.normalization import triton as normalization
 from btinet_kernels.separable import triton as separable
@@ -103,6 +128,15 @@ def separable_of(x, vector, outputs, dilation):
     value = separable.separable(x, weights, dilation, True, moments=of_outputs[:2])
     separable.separable_backward(x, value, value, weights, dilation, True, of_outputs)
     separable.separable_backward(x, value, value.new_empty(0), weights, dilation, False)
+
+def depthwise_of(x, vector, kernel, stride):
+    weight, bias = vector(x.shape[1], 1, kernel, kernel), vector(x.shape[1])
+    geometry = Geometry([stride] * 2, [kernel // 2] * 2, [1, 1])
+    depthwise.depthwise_backward(x, depthwise.depthwise(x, weight, bias, geometry), weight, geometry)
+
+def loss_of(logits, target):
+    statistics, mean = losses.statistics(logits, target, hard_boundary=False, cross_entropy=True)
+    losses.statistics_backward(statistics, logits, target, mean, hard_boundary=False)
 
 def scales_of(x, vector):
     batch, channels = x.shape[:2]
@@ -151,6 +185,21 @@ for case in cases:
     if pool == "separable":
         separable_of(seg, vector, int(channels), 1)
         continue
+    if pool == "depthwise":
+        depthwise_of(seg, vector, 5, 2)
+        continue
+    if pool == "position_gate":
+        weight = vector(int(channels))
+        _, gate = attention_triton.position_gate(seg, seg, weight, vector(1))
+        attention_triton.position_gate_backward(seg, seg, seg, gate, weight)
+        continue
+    if pool == "loss":
+        loss_of(seg, vector(*seg.shape))
+        continue
+    if pool == "more":
+        depthwise_of(seg, vector, 3, 1)
+        loss_of(seg[:, :1], torch.empty(seg[:, :1].shape, dtype=torch.bool, device="meta"))
+        continue
     if pool == "modules":
         scales_of(seg, vector)
         dropout.dropout(seg, torch.empty(1, dtype=torch.int64, device="meta"), 0.3)
@@ -192,12 +241,12 @@ def compiled(capability: int, cases: list[tuple[object, ...]], folder: Path) -> 
         yield Compiled(kernel, case, int(warps), registers, stack, int(shared))
 
 
-def check(capability: int, cases: list[tuple[object, ...]], folder: Path) -> None:
+def check(capability: int, cases: list[tuple[object, ...]], folder: Path, kernels: set[str] = KERNELS) -> None:
     table = list(compiled(capability, cases, folder))
     print(f"\nsm_{capability}: kernel, case, warps, registers per thread, bytes spilled, bytes of shared memory")
     for row in table:
         print(f"  {row.kernel:<26}{row.case:<40}{row.warps:>3}{row.registers:>5}{row.spilled:>5}{row.shared:>8}")
-    assert {row.kernel for row in table} == KERNELS
+    assert {row.kernel for row in table} == kernels
     assert not [row for row in table if row.spilled]
     assert max(row.shared for row in table) <= SHARED_MEMORY[capability]
     assert max(32 * row.warps * row.registers for row in table) <= REGISTERS
@@ -217,7 +266,16 @@ def test_a_few_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
         (96, 56, 8, "bfloat16", "contiguous_format", "modules"),
         (1, 1, 1, "float32", "channels_last", "modules"),
     ]
-    check(capability, cases, tmp_path)
+    kernels = KERNELS
+    if capability == 90:
+        cases += [
+            (48, 112, 8, "bfloat16", "channels_last", "depthwise"),
+            (48, 112, 8, "bfloat16", "channels_last", "position_gate"),
+            (1, 224, 8, "float32", "contiguous_format", "loss"),
+        ]
+    else:
+        kernels = KERNELS - LESS_OFTEN
+    check(capability, cases, tmp_path, kernels)
 
 
 @pytest.mark.slow
@@ -235,6 +293,9 @@ def test_all_of_the_launches_compile(capability: int, tmp_path: Path) -> None:
     # The few above have the widest and the narrowest level's vectors; a level takes minutes.
     cases += [(*shape, "float32", "channels_last", "vectors") for shape in ((192, 28, 8), (96, 56, 128))]
     cases += [(*shape, *rest) for shape in modules for rest in product(dtypes, layouts, ("modules", "separable"))]
+    newer = ("depthwise", "position_gate", "more")
+    cases += [(*shape, *rest) for shape in modules for rest in product(dtypes, layouts, newer)]
+    cases += [(1, 1, 1, "float32", "contiguous_format", pool) for pool in (*newer, "loss")]
     check(capability, [*cases, (192, 28, 8, "float16", "channels_last", "gap")], tmp_path)
 
 

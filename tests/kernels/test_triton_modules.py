@@ -1,17 +1,30 @@
 """The Triton kernels of multi-scale fusion and dual-path attention against float64 mathematics, on a GPU or interpreted
 as in test_triton.py."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from triton_support import (
+    DEVICE,
+    HALF,
+    INTERPRETED,
+    LAYOUTS,
+    PROMISES,
+    SERVED,
+    VIEWS,
+    dense,
+    interpreted_in_parts,
+    largest_error,
+    on_device,
+    on_hardware,
+    run_interpreted,
+    tolerance,
+)
 
-from btinet_kernels import BackendError, use_backend
+from btinet_kernels import BackendError, fused_position_gate, use_backend
 from btinet_kernels.backends import choose
+from btinet_kernels.gates.attention_op import position_gate, position_gate_gradient
 from btinet_kernels.gates.dual_path_op import dual_path, dual_path_gradient
 from btinet_kernels.gates.reference import DualPathSaved, DualPathWeights
 from btinet_kernels.multi_scale import op as multi_scale_op
@@ -19,21 +32,11 @@ from btinet_kernels.nn import DualPathAttention, MultiScaleContextFusion
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-SERVED = INTERPRETED or torch.cuda.is_available()
 if SERVED:
     from btinet_kernels.gates import triton as gates
     from btinet_kernels.multi_scale import triton as multi_scale
     from btinet_kernels.multi_scale import triton_depthwise
 
-on_device = [
-    pytest.mark.usefixtures("seeded"),
-    pytest.mark.skipif(not SERVED, reason="there is no GPU; the kernels ran in a process that interprets them"),
-    pytest.mark.gpu,
-]
-# Interpreting the decoder's sizes would take hours.
-on_hardware = pytest.mark.skipif(INTERPRETED, reason="too large to be interpreted")
 DECODER = [
     ((8, 144, 112, 112), torch.bfloat16, "rows"),
     ((8, 48, 112, 112), torch.float32, "planes"),
@@ -41,41 +44,11 @@ DECODER = [
     ((8, 336, 28, 28), torch.float16, "planes"),
     ((4, 1792, 7, 7), torch.bfloat16, "rows"),
 ]
-LAYOUTS = ["rows", "planes"]
 
 
-@pytest.fixture
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that torch hands out is full of NaN, so that what a kernel leaves unwritten shows."""
-    like, new = torch.empty_like, Tensor.new_empty
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
-
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(like(*args, **options)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: poison(new(*args, **options)))
-
-
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="these tests run here directly")
-@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@interpreted_in_parts
 def test_interpreted_in_a_process_of_its_own(part: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "BTINET_BACKEND": "auto"}
-    options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-m", part]
-    command = [sys.executable, "-m", "pytest", __file__, *options]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.path.dirname(__file__))
-    print("interpreted Triton kernels:", result.stdout.splitlines()[-1])
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert " passed" in result.stdout
-
-
-def dense(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    x = torch.randn(shape).to(DEVICE, dtype)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "rows" else x
+    run_interpreted(__file__, part)
 
 
 def drawn(module: torch.nn.Module) -> torch.nn.Module:
@@ -103,29 +76,6 @@ def both(module: torch.nn.Module, inputs: list[Tensor], upstream: Tensor) -> tup
     return ours, exact
 
 
-def largest_error(ours: list[Tensor], exact: list[Tensor]) -> float:
-    """Relative to each tensor's largest magnitude, or to 1 where that is below 1."""
-    worst = 0.0
-    for a, b in zip(ours, exact, strict=True):
-        assert a.shape == b.shape
-        if b.numel():
-            assert a.isfinite().all()
-            worst = max(worst, ((a.double() - b).abs().max() / b.abs().max().clamp_min(1)).item())
-    return worst
-
-
-def tolerance(dtype: torch.dtype, terms: int) -> float:
-    """Sums of ``terms`` in float32 err by about sqrt(terms) half-ulps, and a few follow one another.
-
-    In half precision operands and results of the products are rounded, four times between x and a gradient.
-    """
-    computed = 8 * terms**0.5 * 2.0**-24
-    return computed if dtype == torch.float32 else computed + 4 * torch.finfo(dtype).eps
-
-
-PROMISES = ("test_schema", "test_faketensor")
-
-
 class TestMultiScale:
     pytestmark = on_device
 
@@ -143,7 +93,7 @@ class TestMultiScale:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 48, 3, 3)])
     def test_half_precision(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
         x, upstream = dense(shape, layout, dtype), dense(shape, layout, dtype)
@@ -151,16 +101,7 @@ class TestMultiScale:
         assert largest_error(ours, exact) < tolerance(dtype, x.numel())
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(
-        "view",
-        [
-            lambda x: x[:, ::2],
-            lambda x: x[..., 1:-1],
-            lambda x: x.transpose(2, 3),
-            lambda x: x[:1].expand(3, -1, -1, -1),
-            lambda x: x.flip(0).transpose(1, 3),
-        ],
-    )
+    @pytest.mark.parametrize("view", VIEWS)
     def test_strides_are_honoured(self, view) -> None:  # type: ignore[no-untyped-def]
         x, upstream = view(dense((3, 6, 5, 6), "planes")), view(dense((3, 6, 5, 6), "rows"))
         ours, exact = both(drawn(MultiScaleContextFusion(x.shape[1])), [x], upstream)
@@ -295,7 +236,7 @@ class TestDualPath:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("with_residual", [False, True])
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", HALF)
     def test_half_precision(self, dtype: torch.dtype, with_residual: bool, layout: str) -> None:
         module, x = drawn(DualPathAttention(17)), with_ties((2, 17, 9, 4), layout, dtype)
         inputs = [x, residual_of(module, x)] if with_residual else [x]
@@ -309,16 +250,7 @@ class TestDualPath:
         ours, exact = both(module, [x, residual_of(module, x)], dense((1, 70, 7, 3), "rows"))
         assert largest_error(ours, exact) < tolerance(torch.float32, x.numel())
 
-    @pytest.mark.parametrize(
-        "view",
-        [
-            lambda x: x[:, ::2],
-            lambda x: x[..., 1:-1],
-            lambda x: x.transpose(2, 3),
-            lambda x: x[:1].expand(3, -1, -1, -1),
-            lambda x: x.flip(0).transpose(1, 3),
-        ],
-    )
+    @pytest.mark.parametrize("view", VIEWS)
     def test_strides_are_honoured(self, view) -> None:  # type: ignore[no-untyped-def]
         x, upstream = view(with_ties((3, 6, 5, 6), "planes")), view(dense((3, 6, 5, 6), "rows"))
         module = drawn(DualPathAttention(x.shape[1]))
@@ -382,3 +314,78 @@ class TestDualPath:
         module, x = drawn(DualPathAttention(shape[1])), dense(shape, layout, dtype)
         ours, exact = both(module, [x, residual_of(module, x)], dense(shape, layout, dtype))
         assert largest_error(ours, exact) < tolerance(dtype, x.numel())
+
+
+class TestPositionGate:
+    pytestmark = on_device
+
+    # Tiles hold 16 to 128 positions; channels come 16 or 32 at a time. Channels of x, of h; one to three dimensions.
+    SHAPES = (((2, 9, 8), 35, 17), ((1, 70), 3, 33), ((3, 1, 1), 6, 1), ((1, 2, 3, 4), 5, 4))
+
+    @staticmethod
+    def problem(
+        size: tuple[int, ...], channels: int, hidden: int, layout: str, dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
+        """x, h, an upstream gradient, weight and bias; h lies otherwise than x."""
+        other = "planes" if layout == "rows" else "rows"
+        batch, *positions = size
+        weight = torch.randn(1, hidden, *[1] * len(positions), device=DEVICE) * hidden**-0.5
+        x, upstream = (dense((batch, channels, *positions), layout, dtype) for _ in range(2))
+        return [x, dense((batch, hidden, *positions), other, dtype), upstream, weight, torch.randn(1, device=DEVICE)]
+
+    @staticmethod
+    def run(backend: str, x: Tensor, h: Tensor, upstream: Tensor, *weights: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, h, *weights)]
+        with use_backend(backend):
+            out = fused_position_gate(*leaves)
+            found = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+        for t, like in zip(found[:3], (x, x, h), strict=True):
+            assert t.dtype == like.dtype
+            assert backend != "triton" or t.stride() == torch.empty_like(like).stride()
+        return found
+
+    def check(self, *problem: Tensor) -> None:
+        exact = self.run("reference", *(t.double() for t in problem))
+        terms = max(16, problem[0].numel())
+        assert largest_error(self.run("triton", *problem), exact) < tolerance(problem[0].dtype, terms, roundings=1)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(("size", "channels", "hidden"), SHAPES)
+    @pytest.mark.usefixtures("poisoned")
+    def test_shapes(self, size: tuple[int, ...], channels: int, hidden: int, layout: str) -> None:
+        self.check(*self.problem(size, channels, hidden, layout))
+
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_half_precision(self, dtype: torch.dtype) -> None:
+        self.check(*self.problem((2, 9, 8), 17, 6, "rows", dtype))
+
+    @pytest.mark.parametrize("view", VIEWS)
+    def test_strides_are_honoured(self, view) -> None:  # type: ignore[no-untyped-def]
+        x, h, upstream = (view(dense((3, 6, 5, 6), layout)) for layout in ("planes", "rows", "planes"))
+        _, _, _, *weights = self.problem((1, 1, 1), 1, x.shape[1], "rows")
+        self.check(x, h, upstream[:1].expand_as(x), *weights)
+
+    def test_nan_reaches_its_position(self) -> None:
+        x, h, upstream, *weights = self.problem((2, 9, 8), 5, 4, "rows")
+        h[1, 2, 3, 4] = torch.nan
+        out, d_x, d_h, *d_weights = self.run("triton", x, h, upstream, *weights)
+        for t in (out, d_x, d_h):
+            assert t[1, :, 3, 4].isnan().all()
+            assert t.isnan().sum() == t.shape[1]
+        assert all(d.isnan().all() for d in d_weights)
+
+    def test_empty_batch(self) -> None:
+        self.check(*self.problem((0, 3, 4), 5, 4, "rows"))
+
+    def test_repeats_are_bit_identical(self) -> None:
+        problem = self.problem((2, 9, 8), 35, 17, "rows")
+        first, second = (self.run("triton", *problem) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_opcheck(self, layout: str) -> None:
+        x, h, upstream, *weights = self.problem((2, 4, 3), 5, 4, layout, torch.bfloat16)
+        with use_backend("triton"):
+            opcheck(position_gate, (x, h, *weights), test_utils=PROMISES)
+            gate = position_gate(x, h, *weights)[1]
+            opcheck(position_gate_gradient, (upstream, x, h, gate, weights[0]), test_utils=PROMISES)

@@ -1,13 +1,12 @@
 """The Triton kernels of a level's vectors against float64 mathematics, on a GPU or interpreted as in test_triton.py."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import Tensor
+from triton_support import DEVICE, INTERPRETED, SERVED, in_double, interpreted_in_parts, on_device, run_interpreted
+from triton_support import largest_error as largest_error_of
 
 from btinet_kernels.interaction import level_op, reference, vectors_backward
 from btinet_kernels.interaction.passes_op import LevelOptions
@@ -15,9 +14,6 @@ from btinet_kernels.interaction.reference import NORMALISE_EPSILON, GateWeights,
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-SERVED = INTERPRETED or torch.cuda.is_available()
 if SERVED:
     from btinet_kernels.interaction import triton as passes
     from btinet_kernels.interaction import triton_vectors as vectors
@@ -30,26 +26,9 @@ SIZES = [(1, 1, 1, 1, 1, 1), (3, 5, 7, 2, 3, 4), *(pytest.param(size, marks=pyte
 MIDDLE = (5, 35, 18, 9, 6, 7)
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="these tests run here directly")
-@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@interpreted_in_parts
 def test_interpreted_in_a_process_of_its_own(part: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "BTINET_BACKEND": "auto"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--import-mode=importlib",
-        "-m",
-        part,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.path.dirname(__file__))
-    print("interpreted Triton kernels:", result.stdout.splitlines()[-1])
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__, part)
 
 
 class Case:
@@ -114,25 +93,13 @@ class Case:
         return in_double(self.stats), self.clf.double(), in_double(self.weights), in_double(self.gate)
 
 
-def in_double(tensors):  # type: ignore[no-untyped-def]
-    return None if tensors is None else type(tensors)(*(t if t is None else t.double() for t in tensors))
-
-
 def flat(gradient: vectors_backward.LevelGradient) -> list[Tensor]:
     return [*gradient.stats, gradient.clf, *gradient.weights, *gradient.gate]
 
 
 def largest_error(ours: list[Tensor], exact: list[Tensor]) -> float:
-    """Relative to each tensor's largest magnitude, or to 1 where that is below 1."""
-    worst = 0.0
-    for a, b in zip(ours, exact, strict=True):
-        assert a.shape == b.shape
-        assert a.is_contiguous()
-        assert a.dtype == torch.float32
-        if b.numel():
-            assert a.isfinite().all()
-            worst = max(worst, ((a.double() - b).abs().max() / b.abs().max().clamp_min(1)).item())
-    return worst
+    assert all(a.is_contiguous() and a.dtype == torch.float32 for a in ours)
+    return largest_error_of(ours, exact)
 
 
 def check(case: Case) -> None:
@@ -143,9 +110,9 @@ def check(case: Case) -> None:
     assert largest_error(case.backward(), case.exact_backward()) < 4 * case.tolerance
 
 
-@pytest.mark.skipif(not SERVED, reason="there is no GPU; the kernels ran in a process that interprets them")
-@pytest.mark.gpu
 class TestVectors:
+    pytestmark = on_device
+
     @pytest.mark.parametrize(("signals", "training"), list(itertools.product(SIGNALS, [True, False])))
     @pytest.mark.parametrize("size", SIZES)
     def test_sizes(self, size: tuple[int, ...], signals: str, training: bool) -> None:
@@ -198,16 +165,9 @@ class TestVectors:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("signals", "training"), list(itertools.product(SIGNALS, [True, False])))
-    def test_every_output_is_written(self, signals: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        like, new = torch.empty_like, torch.Tensor.new_empty
-
-        def poison(tensor: Tensor) -> Tensor:
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
-
-        case = Case(signals, training, MIDDLE)
-        monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(like(*args, **options)))
-        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(new(*args, **options)))
-        check(case)
+    @pytest.mark.usefixtures("poisoned")
+    def test_every_output_is_written(self, signals: str, training: bool) -> None:
+        check(Case(signals, training, MIDDLE))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("signals", SIGNALS)
