@@ -123,20 +123,31 @@ def read_collection(
     return _without_test_duplicates(collection) if options.drop_train_duplicates_of_test else collection
 
 
-def check_trainable(collection: Collection) -> None:
-    """Check that a network can be trained on ``collection``.
+def check_trainable(collection: Collection, *, segmentation: bool = True, classification: bool = True) -> None:
+    """Check that a network can be trained on ``collection``, for these tasks.
 
     Raises:
         UserError: fewer than two classes with samples, a class without samples, or no sample with a lesion
             mask.
     """
+    if classification:
+        _check_classes(collection)
+    if segmentation and not any(sample.masks for sample in collection.samples):
+        raise UserError(
+            f"{collection.root}: no sample has a lesion mask, expected some to train the segmentation; "
+            "add masks (NAME_mask.png beside NAME.png, or the mask column of the CSV file), or train "
+            f"{_alone('classification')}."
+        )
+
+
+def _check_classes(collection: Collection) -> None:
     counts = Counter(sample.label for sample in collection.samples)
     present = [name for index, name in enumerate(collection.classes) if counts[index]]
     absent = [name for index, name in enumerate(collection.classes) if not counts[index]]
     if not present:
         raise UserError(
             f"{collection.root}: none of the {len(collection.samples)} images is labelled, expected at least two "
-            f"classes to train a classifier; {_how_to_label(collection)}."
+            f"classes to train a classifier; {_how_to_label(collection)}, or train {_alone('segmentation')}."
         )
     if len(present) < 2:
         raise UserError(
@@ -147,11 +158,10 @@ def check_trainable(collection: Collection) -> None:
         raise UserError(
             f"{collection.root}: the class {absent[0]!r} has no sample; add images of it or leave it out of classes."
         )
-    if not any(sample.masks for sample in collection.samples):
-        raise UserError(
-            f"{collection.root}: no sample has a lesion mask, expected some to train the segmentation; "
-            "add masks (NAME_mask.png beside NAME.png, or the mask column of the CSV file)."
-        )
+
+
+def _alone(task: str) -> str:
+    return f"the {task} alone (--tasks {task} --interaction none)"
 
 
 def _check_names(collection: Collection) -> None:

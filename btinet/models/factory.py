@@ -32,7 +32,7 @@ def create_model(
 
     Args:
         name: ``btinet_`` followed by the name of a hierarchical timm backbone, e.g. ``btinet_efficientnet_b4``.
-        num_classes: classes of the image classification, at least 2.
+        num_classes: classes of the image classification, at least 2; of no account to a network that only segments.
         weights: None: random; ``"imagenet"``: timm's weights for the encoder; a file: timm weights for the encoder, or
             the ``model.safetensors`` of a whole network.
         in_chans: 1 or 3.
@@ -46,7 +46,7 @@ def create_model(
     """
     if not name.startswith(PREFIX):
         raise UserError(f"model {name!r}: names are '{PREFIX}' and a timm backbone, e.g. '{PREFIX}efficientnet_b4'.")
-    if num_classes < 2:
+    if num_classes < 2 and options.get("tasks") != "segmentation":
         raise UserError(f"num_classes is {num_classes}, but classification needs at least 2.")
     if options.get("mask_classes", 1) < 1:
         raise UserError(f"mask_classes is {options['mask_classes']}, but segmentation needs at least 1.")

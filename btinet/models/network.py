@@ -238,7 +238,7 @@ class BTINet(nn.Module):
             nn.ReLU(),
             nn.BatchNorm1d(config.clf_channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM),
             nn.Dropout(config.dropout),
-            nn.Linear(config.clf_channels, config.num_classes),
+            nn.Linear(config.clf_channels, max(1, config.num_classes)),  # none, if the head is dropped below
         )
         for part in (self.levels, self.seg_head, self.clf_head):
             initialise(part)

@@ -100,7 +100,11 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
         )
 
     collection = DataSource.from_options(asdict(options)).read()
-    check_trainable(collection)
+    check_trainable(
+        collection,
+        segmentation=options.tasks != "classification",
+        classification=options.tasks != "segmentation",
+    )
     of_run = replace(options, split=str(folder / run_folder.SPLIT_NAME), groups=None, fold=None)
     split, groups, found_groups = _split(of_run if resuming else options, collection)
     parts = {part: [s for s in collection.samples if split[s.id] == part] for part in SPLITS}

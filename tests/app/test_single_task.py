@@ -136,3 +136,24 @@ def test_interaction_must_be_none(shared_ultrasound: Path, tmp_path: Path, capsy
     (sentence,) = capsys.readouterr().err.splitlines()
     assert "a single task has no other to interact with" in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_a_task_alone_needs_no_answers_of_the_other(ultrasound: Path, tmp_path: Path) -> None:
+    images = sorted(p for p in ultrasound.glob("*/*.png") if "_mask" not in p.name)
+    table = ultrasound / "set.csv"
+    for task, row in (
+        ("segmentation", lambda image: f"{image.stem}_mask.png,"),
+        ("classification", lambda image: f"?,{image.parent.name}"),
+    ):
+        lines = []
+        for image in images:
+            mask, label = row(image).split(",")
+            lines.append(f"{image},{mask if mask == '?' else image.with_name(mask)},{label}")
+        table.write_text("\n".join(["image,mask,label", *lines]) + "\n")
+        changes = SMALL | {"data": str(table), "dataset": "csv", "tasks": task, "interaction": "none"}
+        with pytest.raises(UserError, match=f"or train the {task} alone"):
+            train(TrainOptions(**changes | {"tasks": "both", "out": str(tmp_path / "both")}))
+        run = train(TrainOptions(**changes, out=str(tmp_path / task)))
+        summary = evaluate_run(EvaluateOptions(run))
+        assert (summary.segmentation is None) == (task == "classification")
+        assert (summary.classification is None) == (task == "segmentation")
