@@ -381,6 +381,7 @@ def command(table: Path, out: Path, *flags: object) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_the_command_as_a_process(ablated: Path, table: Path, tmp_path: Path) -> None:
     """Finished runs, one that fails because a file is where its folder should be, and a healthy one."""
     out = tmp_path / "x"

@@ -119,6 +119,7 @@ def test_predict(run: Path, ultrasound: Path, tmp_path: Path) -> None:
     assert set(np.unique(np.asarray(Image.open(first)))) <= {0, 255}
 
 
+@pytest.mark.slow
 def test_a_runs_config_trains_again(run: Path, tmp_path: Path) -> None:
     done = btinet("train", "--config", run / "config.yaml", "--out", tmp_path / "again", "--epochs", "1", check=True)
     assert "stage 1 epoch  1/1" in done.stdout

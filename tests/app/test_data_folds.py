@@ -146,6 +146,7 @@ def test_train_and_evaluate_on_a_fold(publish: Callable[[str], Any], tmp_path: P
         assert {row["image"] for row in csv.DictReader(file)} == tested
 
 
+@pytest.mark.slow
 def test_options_of_the_data_are_repeated_by_evaluate(
     publish: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

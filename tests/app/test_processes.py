@@ -120,18 +120,32 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def test_two_processes_do_what_one_with_twice_the_batch_does(
     ultrasound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """25 images: the last step has 9, of which one process gets 4 and the other 5."""
+    """25 images: the last step has 9, of which one process gets 4 and the other 5. Some have no mask or no class.
+
+    The weights of the tasks are learned as well, outside of what the processes average by themselves.
+    """
+    parts = dict.fromkeys((5, 11, 18, 23, 29, 34), "val") | dict.fromkeys((3, 10, 17, 24, 31), "test")
+    rows_of_table = ["image,mask,label,split"]
+    for number, image in enumerate(sorted(p for p in ultrasound.glob("*/*.png") if "_mask" not in p.name)):
+        mask = "?" if number % 5 == 0 else image.with_name(f"{image.stem}_mask.png")
+        rows_of_table.append(
+            f"{image},{mask},{'' if number % 4 == 0 else image.parent.name},{parts.get(number, 'train')}"
+        )
+    table = tmp_path / "partly.csv"
+    table.write_text("\n".join(rows_of_table) + "\n")
     two, one = tmp_path / "two", tmp_path / "one"
-    done = torchrun(QUIET + RUN, tmp_path / "run.py", data=str(ultrasound), out=str(two), batch_size=4, stage2_epochs=0)
+    options = {"data": str(table), "dataset": "csv", "stage2_epochs": 0, "weighting": "uncertainty"}
+    done = torchrun(QUIET + RUN, tmp_path / "run.py", **options, out=str(two), batch_size=4)
     assert done.stdout.count("run saved in") == 1
     monkeypatch.setattr(training, "_network", training._network)  # what it is again after the test
     monkeypatch.setattr(stages, "_adam", stages._adam)
     exec(QUIET, {})
-    training.train(
-        TrainOptions(**SMALL | {"data": str(ultrasound), "out": str(one), "batch_size": 8, "stage2_epochs": 0})
-    )
+    training.train(TrainOptions(**SMALL | options | {"out": str(one), "batch_size": 8}))
     for ours, theirs in zip(rows(two), rows(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    states = [torch.load(run / "stage1.pt", weights_only=True) for run in (two, one)]
+    torch.testing.assert_close(states[0]["network"], states[1]["network"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(states[0]["weighting"], states[1]["weighting"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -249,6 +249,7 @@ def test_repeats_and_threads_are_bit_identical(layout: str) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
+@pytest.mark.slow
 def test_every_instruction_set(in_every_instruction_set: Callable[[str], list[Tensor]]) -> None:
     program = (
         "import torch, btinet_kernels as k\n"

@@ -85,6 +85,7 @@ def test_far_counters_and_layouts(backend: str) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the native kernels")
+@pytest.mark.slow
 def test_threads_and_instruction_sets(in_every_instruction_set: Callable[[str], list[Tensor]]) -> None:
     program = (
         "import torch, btinet_kernels as k\n"

@@ -127,6 +127,7 @@ def test_single_and_half_precision(case: tuple[Any, ...], layout: str, followed_
     assert max(errors(ours, exact).values()) < allowed, errors(ours, exact)
 
 
+@pytest.mark.slow
 def test_every_instruction_set_in_bfloat16(in_every_instruction_set: Callable[[str], list[Tensor]]) -> None:
     """Products of an even and an odd number of channels, and of more than are summed at once."""
     program = (

@@ -17,7 +17,7 @@ from triton_support import (
     drawn,
     errors,
     gradients,
-    interpreted_in_parts,
+    interpreted_when_slow,
     on_device,
     on_hardware,
     run_interpreted,
@@ -48,7 +48,7 @@ GEOMETRIES = [
 ]
 
 
-@interpreted_in_parts
+@interpreted_when_slow
 def test_interpreted_in_a_process_of_its_own(part: str) -> None:
     run_interpreted(__file__, part)
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
-from triton_support import DEVICE, HALF, PROMISES, SERVED, interpreted_in_parts, on_device, on_hardware, run_interpreted
+from triton_support import (
+    DEVICE,
+    HALF,
+    PROMISES,
+    SERVED,
+    interpreted_when_slow,
+    on_device,
+    on_hardware,
+    run_interpreted,
+)
 
 from btinet_kernels import SegmentationLossOptions, fused_segmentation_loss, use_backend
 from btinet_kernels.losses import reference
@@ -26,7 +35,7 @@ ROUNDED = 2.0**-24
 CROSS_ENTROPY, CURVATURE = map(MaskStatistics._fields.index, ("cross_entropy", "curvature"))
 
 
-@interpreted_in_parts
+@interpreted_when_slow
 def test_interpreted_in_a_process_of_its_own(part: str) -> None:
     run_interpreted(__file__, part)
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from triton_support import DEVICE, INTERPRETED, SERVED, in_double, interpreted_in_parts, on_device, run_interpreted
+from triton_support import DEVICE, INTERPRETED, SERVED, in_double, interpreted_when_slow, on_device, run_interpreted
 from triton_support import largest_error as largest_error_of
 
 from btinet_kernels.interaction import level_op, reference, vectors_backward
@@ -26,7 +26,7 @@ SIZES = [(1, 1, 1, 1, 1, 1), (3, 5, 7, 2, 3, 4), *(pytest.param(size, marks=pyte
 MIDDLE = (5, 35, 18, 9, 6, 7)
 
 
-@interpreted_in_parts
+@interpreted_when_slow
 def test_interpreted_in_a_process_of_its_own(part: str) -> None:
     run_interpreted(__file__, part)
 

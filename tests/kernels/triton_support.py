@@ -43,6 +43,12 @@ def interpreted_in_parts(test):  # type: ignore[no-untyped-def]
     return pytest.mark.skipif(SERVED, reason="these tests run here directly")(test)
 
 
+def interpreted_when_slow(test):  # type: ignore[no-untyped-def]
+    """As ``interpreted_in_parts``, but all of it among the slow tests: interpreting takes a minute for two files."""
+    test = pytest.mark.parametrize("part", [pytest.param("slow or not slow", marks=pytest.mark.slow)])(test)
+    return pytest.mark.skipif(SERVED, reason="these tests run here directly")(test)
+
+
 def run_interpreted(file: str, part: str) -> None:
     """The tests of a file in a process that interprets the kernels."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "BTINET_BACKEND": "auto"}
