@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import torch
 from timing import Sample, cpu_sample
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from variants import GateError
 
 from btinet.models import BTINet, create_model
@@ -100,6 +101,15 @@ class NetworkProblem:
                 raise GateError(f"{self.case.name}: {name} differs by {error:.1e} from eager ({allowed:.0e} allowed)")
         self.set_dropout()
         return {name: cpu_sample(lambda name=name: self.run(name, direction)) for name in self._steps}  # type: ignore[misc]
+
+    def flops(self, name: str) -> int:
+        """Of a training step's convolutions and products: three times the forward's.
+
+        Those of the backward are not counted: FlopCounterMode takes grouped convolutions for full ones there.
+        """
+        with FlopCounterMode(display=False) as counter, use_backend("reference"), torch.no_grad():
+            self._networks[name](self.images)
+        return 3 * counter.get_total_flops()
 
     def set_dropout(self) -> None:
         """That of the case; without it until then, so that variants can be compared."""

@@ -1,9 +1,9 @@
 """What a training step of BTI-Net-B4 is made of, plain PyTorch and ours: ``python benchmarks/network_profile.py``.
 
 Prints the CPU time of every operator, without what it calls, averaged over some steps, and writes
-``results/<machine>/network_profile.json`` for ``report.py``; with it the step's floating-point operations, counted in
-the plain network, which are the least time at the processor's rates. Recording costs time: compare shares, and take
-times from ``network.json``.
+``results/<machine>/network_profile.json`` for ``report.py``; with it the step's floating-point operations, three times
+those of the plain network's forward, which are the least time at the processor's rates. Recording costs time: compare
+shares, and take times from ``network.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from machine import describe  # noqa: E402
 from machine_limit import cpu_peaks  # noqa: E402
 from network import TRAINING, NetworkCase, NetworkProblem  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 WARM_UPS, STEPS = 5, 3
 SHOWN = 0.004  # of the step; what takes less is summed up
@@ -47,9 +46,7 @@ def main() -> None:
         problem = NetworkProblem(CASE, (variant,))
         problem.set_dropout()
         if variant == "eager":
-            with FlopCounterMode(display=False) as counter:
-                problem.run(variant, TRAINING)
-            flops = counter.get_total_flops()
+            flops = problem.flops(variant)
         profiles[variant] = profiled(problem, variant)
     described = describe("cpu")
     content: dict[str, Any] = {
