@@ -124,6 +124,10 @@ def _run(options: TrainOptions, console: Console, resuming: bool = False, state:
         )
 
     mask_format = MaskFormat.from_options(asdict(options))
+    if options.weighting == "uncertainty" and not min(recipe.seg_weight, recipe.clf_weight) > 0:
+        raise UserError(
+            "--weighting uncertainty: begins at the recipe's seg_weight and clf_weight, which must be positive."
+        )
     if recipe.monitor == "keras_truncated" and len(mask_format.classes) > 1:
         raise UserError("recipe: monitor keras_truncated knows one mask class; use thresholded with --mask-classes.")
     class_weights = _class_weights(options, collection.classes, parts["train"], fabric.device)

@@ -13,6 +13,7 @@ from torch import nn
 from btinet import UserError, create_model, list_models
 from btinet.data import default_preprocessing
 from btinet.models import BTINet, load_checkpoint, save_checkpoint
+from btinet.models.network import class_numbers
 from btinet.models.network import UpsampleTwice
 from btinet_kernels import restore, use_backend
 
@@ -306,3 +307,10 @@ def test_the_encoder_is_accelerated_and_its_reference_is_timms() -> None:
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     with use_backend("reference"):
         assert all(torch.equal(a, b) for a, b in zip(results(encoder), expected, strict=True))
+
+
+def test_pixels_belong_to_the_largest_positive_logit() -> None:
+    logits = torch.tensor([[[[3.0, -1.0, 0.0, 1.0]], [[2.0, -2.0, 0.0, 5.0]]]])
+    assert class_numbers(logits).tolist() == [[[1, 0, 0, 2]]]
+    assert class_numbers(logits, threshold=4.0).tolist() == [[[0, 0, 0, 2]]]
+    assert class_numbers(logits).dtype == torch.uint8

@@ -73,7 +73,7 @@ def test_changed_weights_and_sizes_are_followed() -> None:
         lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight - 3, requires_grad=False)),
         lambda conv: conv.double().float(),
     ):
-        for each in (image(), image(size=9), image(batch=5)):
+        for each in (image(), image(size=9), image(batch=5), image()):  # the size after a change is that before it
             torch.testing.assert_close(packed(each), plain(each), rtol=1e-5, atol=1e-5)
         for conv in (packed, plain[0]):
             change(conv)

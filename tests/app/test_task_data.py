@@ -217,6 +217,7 @@ def test_what_a_weighting_has_learned_survives_an_interruption(
         ({"class_weights": [1.0, 0.0, 2.0]}, "--class-weights .*positive"),
         ({"mask_classes": "a,a"}, "--mask-classes 'a,a'"),
         ({"mask_classes": "a,b", "preset": "parity"}, "keras_truncated"),
+        ({"weighting": "uncertainty", "recipe": {"clf_weight": 0}}, "--weighting uncertainty: .* positive"),
         ({"weighting": "pcgrad", "compile": True}, "--weighting pcgrad: .* --compile"),
     ],
 )
