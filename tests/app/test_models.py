@@ -13,8 +13,7 @@ from torch import nn
 from btinet import UserError, create_model, list_models
 from btinet.data import default_preprocessing
 from btinet.models import BTINet, load_checkpoint, save_checkpoint
-from btinet.models.network import class_numbers
-from btinet.models.network import UpsampleTwice
+from btinet.models.network import UpsampleTwice, class_numbers
 from btinet_kernels import restore, use_backend
 
 # Variables per part of the official network as Keras counts them, BatchNorm statistics included (Keras 3.15,
