@@ -67,8 +67,8 @@ def test_the_installed_command_does_it_too() -> None:
     "environment",
     [
         {"BTINET_MALLOC": "system"},
-        {"MALLOC_ARENA_MAX": "2"},
-        {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"},
+        pytest.param({"MALLOC_ARENA_MAX": "2"}, marks=pytest.mark.slow),
+        pytest.param({"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_user_says_about_memory_stays(environment: dict[str, str]) -> None:

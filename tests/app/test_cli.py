@@ -78,6 +78,7 @@ def test_evaluate(run: Path) -> None:
     assert Image.open(out / "cases.png").size[0] > 300
 
 
+@pytest.mark.slow
 def test_analyse(run: Path) -> None:
     done = btinet(
         "analyse", run, "--split", "val", "--bootstrap", "200", "--device", "cpu", "--batch-size", "3", check=True
@@ -174,6 +175,7 @@ def test_bad_data_is_named_and_nothing_is_written(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(ultrasound: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = btinet("train", "--data", ultrasound, "--out", out, "--epochs", 1, *MODEL, limit_kib=200)

@@ -248,6 +248,7 @@ def test_predict_takes_the_converted_checkpoint(converted: Path, tmp_path: Path)
     assert 0 < row["gate_seg_d1"] < 1
 
 
+@pytest.mark.slow
 def test_there_and_back_is_the_same_to_the_bit(
     converted: Path, official_variables: Variables, official_values: Values, tmp_path: Path
 ) -> None:

@@ -144,7 +144,9 @@ def test_the_averaged_weights_are_validated_and_saved(ultrasound: Path, tmp_path
     assert rows(run)[0]["val_iou"] == pytest.approx(iou, rel=1e-5)
 
 
-@pytest.mark.parametrize("model", ["btinet_mobilenetv3_small_050", "btinet_mobilenetv2_050"])
+@pytest.mark.parametrize(
+    "model", ["btinet_mobilenetv3_small_050", pytest.param("btinet_mobilenetv2_050", marks=pytest.mark.slow)]
+)
 def test_frozen_stages_stay_as_they_are(ultrasound: Path, tmp_path: Path, model: str) -> None:
     """Weights and statistics of the stem and the stages up to stride 8; every later BatchNorm moves."""
     run = train(options(ultrasound, tmp_path / "run", model=model, freeze_stages=2, stage2_epochs=0))

@@ -78,6 +78,7 @@ class Killer:
         monkeypatch.setattr(state_files.torch, "save", save_or_die)
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_in_many_places_ends_as_if_it_had_not_been(
     ultrasound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-QUICK = ("statistics.cu", "90")  # the kernels under most pressure, where most of the users are
-CASES = [
-    pytest.param(path.name, arch, marks=[] if (path.name, arch) == QUICK else pytest.mark.slow)
-    for path in sorted(SOURCES.glob("*.cu"))
-    for arch in ("80", "90", "100")
-]
+CASES = [(path.name, arch) for path in sorted(SOURCES.glob("*.cu")) for arch in ("80", "90", "100")]
 KERNEL = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -32,6 +27,7 @@ def short(symbol: str) -> str:
     return " ".join(filter(None, (kernel[1], dtype, f"variant {variant[1]}" if variant else "")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "arch"), CASES)
 def test_no_kernel_spills(source: str, arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nvcc = shutil.which("nvcc")

@@ -184,6 +184,7 @@ def test_compile() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled, x), torch.autograd.grad(plain, x))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="these tests run here directly")
 def test_triton_interpreted_in_a_process_of_its_own() -> None:
     pytest.importorskip("triton")

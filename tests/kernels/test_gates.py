@@ -289,7 +289,7 @@ def test_second_derivatives_are_refused_with_advice(with_residual: bool) -> None
             gradient.sum().backward()
 
 
-@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("with_residual", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_without_graph_breaks_for_any_batch(with_residual: bool) -> None:
     module = DualPathAttention(6).double()
     compiled = torch.compile(module, fullgraph=True, dynamic=True)

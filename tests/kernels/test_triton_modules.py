@@ -14,7 +14,7 @@ from triton_support import (
     SERVED,
     VIEWS,
     dense,
-    interpreted_in_parts,
+    interpreted_when_slow,
     largest_error,
     on_device,
     on_hardware,
@@ -46,7 +46,7 @@ DECODER = [
 ]
 
 
-@interpreted_in_parts
+@interpreted_when_slow
 def test_interpreted_in_a_process_of_its_own(part: str) -> None:
     run_interpreted(__file__, part)
 

@@ -44,7 +44,7 @@ def interpreted_in_parts(test):  # type: ignore[no-untyped-def]
 
 
 def interpreted_when_slow(test):  # type: ignore[no-untyped-def]
-    """As ``interpreted_in_parts``, but all of it among the slow tests: interpreting takes a minute for two files."""
+    """As ``interpreted_in_parts``, but all of it among the slow tests: interpreting takes up to a minute a file."""
     test = pytest.mark.parametrize("part", [pytest.param("slow or not slow", marks=pytest.mark.slow)])(test)
     return pytest.mark.skipif(SERVED, reason="these tests run here directly")(test)
 
