@@ -9,6 +9,7 @@ Source: arXiv 2606.29102 (BTI-Net) and 2603.01295 (its predecessor).
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from btinet_kernels.interaction.op import InteractionResult, fused_task_interact
 from btinet_kernels.interaction.reference import GateWeights, InteractionWeights, Pooling, Signals
 from btinet_kernels.multi_scale.op import MergeCache, fused_multi_scale
 from btinet_kernels.multi_scale.reference import ScaleWeights
-from btinet_kernels.separable.op import fused_separable_conv
+from btinet_kernels.separable.op import fused_separable_conv, is_left_to_library
 from btinet_kernels.separable.reference import BatchNormWeights, SeparableWeights
 
 NORM_EPSILON = 1e-3  # Keras's BatchNormalization defaults; its momentum 0.99 is PyTorch's 0.01
@@ -219,11 +220,12 @@ class SeparableConv(nn.Sequential):
     def forward(self, x: Tensor, relu: bool = False, norm: nn.Module | None = None) -> Tensor:
         """Apply the convolutions to ``[B, C_in, …]``, then, if asked, a ReLU and a BatchNorm."""
         norm = None if isinstance(norm, nn.Identity) else norm  # folded away
-        if self.depthwise.kernel_size[0] != 3 or not (norm is None or _is_plain(norm)):
+        weights = SeparableWeights(self.depthwise.weight, self.pointwise.weight, self.pointwise.bias)
+        known = self.depthwise.kernel_size[0] == 3 and (norm is None or _is_plain(norm))
+        if not known or is_left_to_library(x, weights):
             out = super().forward(x)
             out = F.relu(out) if relu else out
             return out if norm is None else norm(out)
-        weights = SeparableWeights(self.depthwise.weight, self.pointwise.weight, self.pointwise.bias)
         dilation = self.depthwise.dilation[0]
         if norm is None:
             return fused_separable_conv(x, weights, dilation=dilation, relu=relu)
@@ -258,6 +260,10 @@ class MultiScaleContextFusion(nn.Module):
         self.fusion = _CONVOLUTIONS[spatial_dims](channels, channels, 1)
         self._cache = MergeCache()
         initialise(self)
+
+    def keep_merged(self) -> None:
+        """Multiply the 1×1 convolutions once for all inferences to come, even of few positions; takes 3 C² values."""
+        self._cache = MergeCache(calls=math.inf)
 
     def weights(self) -> ScaleWeights:
         """The parameters as ``fused_multi_scale`` takes them."""

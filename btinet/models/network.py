@@ -25,6 +25,7 @@ from btinet_kernels.nn import (
     NORM_MOMENTUM,
     AttentionGate,
     Dropout,
+    MultiScaleContextFusion,
     ResidualBlock,
     TaskInteractionLevel,
     TaskInteractionModule,
@@ -283,9 +284,9 @@ class BTINet(nn.Module):
     def fuse(self, size: int | tuple[int, int] = 64) -> BTINet:
         """A copy for inference whose BatchNorms are folded into convolutions and linear layers, where that is exact.
 
-        On the CPU its convolutions keep their weights as oneDNN wants them, beside the plain ones. Its outputs are the
-        same up to rounding. ``batchnorms_left`` says which BatchNorms are left, and why. It cannot be trained or saved
-        as a checkpoint.
+        On the CPU its convolutions keep their weights as oneDNN wants them, beside the plain ones, and multi-scale
+        fusions keep the product of their 1×1 convolutions. Its outputs are the same up to rounding. ``batchnorms_left``
+        says which BatchNorms are left, and why. It cannot be trained or saved as a checkpoint.
 
         Args:
             size: height and width of the random image that shows how the network is connected; for encoders that take
@@ -305,6 +306,9 @@ class BTINet(nn.Module):
         image = torch.rand(1, self.config.in_chans, height, width, device=weight.device, dtype=weight.dtype)
         fused.batchnorms_left = fold_batchnorms(fused, image)
         accelerate(fused.encoder)
+        for module in fused.modules():
+            if isinstance(module, MultiScaleContextFusion):
+                module.keep_merged()
         return fused
 
     def gate_parameters(self) -> list[nn.Parameter]:

@@ -49,6 +49,7 @@ class PackedConv2d(nn.Conv2d):
             and x.dtype == self.weight.dtype
             and x.dtype in (torch.float32, torch.bfloat16)
             and x.numel() > 0
+            and (x.ndim, x.shape[1]) == (4, self.in_channels)  # else PyTorch says what is wrong
             and not isinstance(self.padding, str)
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())))
             and not torch.is_autocast_enabled("cpu")

@@ -29,24 +29,25 @@ _WEIGHTS = schema_of(ScaleWeights).replace("?", "")
 _SCALES = len(DILATIONS)
 
 
-_CALLS_TO_AMORTISE = 16
-
-
 class MergeCache:
     """Keeps the product of a fusion's 1×1 convolutions from one inference to the next, until a weight changes.
 
     Changes are seen as autograd sees them, by identity and version, and every call that may lead to a step of an
     optimizer forgets the product: fused optimizers leave the version as it is. A write through ``.data`` is invisible.
+
+    Args:
+        calls: within how many calls the multiplication has to pay.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: float = 16) -> None:
+        self._calls = calls
         self._versions: list[tuple[weakref.ref[Tensor], int, int]] = []  # a tensor, its address, its version
         self._merged = torch.empty(0)
 
     def merged(self, x: Tensor, weights: ScaleWeights) -> Tensor | None:
-        """The merged weight ``[C, 3, C]``, or None where it would not pay within a few calls or cannot be watched."""
+        """The merged weight ``[C, 3, C]``, or None where it would not pay within ``calls`` or cannot be watched."""
         factors = (weights.fusion_weight, *weights[3:6])
-        pays = _CALLS_TO_AMORTISE * x.numel() >= _SCALES * x.shape[1] ** 2
+        pays = self._calls * x.numel() >= _SCALES * x.shape[1] ** 2
         if not pays or any(factor.is_inference() for factor in factors):
             return None
         current = (len(factors) == len(self._versions)) and all(
@@ -64,10 +65,10 @@ class MergeCache:
         self._versions = []
 
     def __deepcopy__(self, memo: Any) -> MergeCache:
-        return MergeCache()
+        return MergeCache(self._calls)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MergeCache, ()
+        return MergeCache, (self._calls,)
 
 
 def fused_multi_scale(x: Tensor, weights: ScaleWeights, cache: MergeCache | None = None) -> Tensor:

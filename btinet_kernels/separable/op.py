@@ -61,7 +61,8 @@ def fused_separable_conv(
     """
     _check(x, weights, norm, dilation)
     alone = training and x.shape[0] * x.shape[2:].numel() <= 1  # PyTorch says what is wrong with one value a channel
-    if not _is_served(x, weights) or x.shape[0] == 0 or alone:
+    served = choose(OPERATOR, x) != "reference" and not is_left_to_library(x, weights)
+    if not served or x.shape[0] == 0 or alone:
         out = reference.separable(x, weights, dilation, relu)
         return out if norm is None else reference.normalise(out, norm, training, momentum, eps)
     if norm is not None and training:
@@ -77,12 +78,11 @@ def fused_separable_conv(
     return separable_inference(x, *weights, *(norm or [None] * 4), dilation, relu, eps)
 
 
-def _is_served(x: Tensor, weights: SeparableWeights) -> bool:
-    """Whether kernels take this call; on the CPU `auto` leaves large products of few positions to the library."""
-    if choose(OPERATOR, x) == "reference":
+def is_left_to_library(x: Tensor, weights: SeparableWeights) -> bool:
+    """Whether `auto` leaves this call to the library: on the CPU, large products of few positions."""
+    if x.ndim != weights.pointwise.ndim or requested_backend() != "auto" or not x.is_cpu:
         return False
-    positions = x.shape[0] * x.shape[2:].numel()
-    return requested_backend() != "auto" or not x.is_cpu or weights.pointwise.numel() <= MOST_WEIGHTS * positions
+    return weights.pointwise.numel() > MOST_WEIGHTS * x.shape[0] * x.shape[2:].numel()
 
 
 def _check(x: Tensor, weights: SeparableWeights, norm: BatchNormWeights | None, dilation: int) -> None:

@@ -65,6 +65,15 @@ def test_outputs_are_the_same(backbone: str) -> None:
     assert fused.fuse() is fused
 
 
+def test_wide_products_of_few_positions_use_what_was_prepared() -> None:
+    fused = network("resnet18").fuse()
+    block, x = fused.refine[-1], torch.randn(1, 512, 2, 2)
+    with torch.no_grad():
+        block(x)
+    assert all(conv.pointwise._packed is not None for conv in (block.conv1, block.conv2))
+    assert block.multi_scale._cache._merged.shape == (512, 3, 512)
+
+
 class Toy(nn.Module):
     """Every way a BatchNorm can be connected, under its own name."""
 

@@ -96,6 +96,9 @@ def test_where_onednn_cannot_serve_it_is_plain() -> None:
         assert torch.equal(packed(image()), plain(image()))
     assert torch.equal(packed(image().requires_grad_()), plain(image()))
     torch.testing.assert_close(packed(image(batch=0)), plain(image(batch=0)))
+    torch.testing.assert_close(packed(image()[0]), plain(image()[0]))
+    with pytest.raises(RuntimeError, match="channels"):
+        packed(image()[:, :1])
     packed.double()
     torch.testing.assert_close(packed(image().double()), plain.double()(image().double()))
     assert packed._packed is None

@@ -276,6 +276,20 @@ def test_inference_merges_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(results[0], other) for other in results)
 
 
+def test_few_positions_are_merged_when_the_product_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    fusion, x, merges = module(16, 2).eval(), dense((1, 16, 1, 2), "rows"), []
+    merge = op._merge
+    monkeypatch.setattr(op, "_merge", lambda weights: merges.append(1) or merge(weights))
+    with use_backend("native"), torch.no_grad():
+        once = fusion(x)
+        assert not merges
+        fusion.keep_merged()
+        for of in (fusion, copy.deepcopy(fusion), pickle.loads(pickle.dumps(fusion))):
+            for _ in range(2):
+                torch.testing.assert_close(of(x), once)
+        assert len(merges) == 3
+
+
 def test_opcheck() -> None:
     fusion = module(5, 2)
     for layout in LAYOUTS:

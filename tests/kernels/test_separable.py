@@ -374,3 +374,15 @@ def test_auto_leaves_large_products_of_few_positions_to_the_library() -> None:
         conv(32)
     names = [{event.key for event in each.key_averages()} for each in (few, many)]
     assert ["btinet_kernels::separable_inference" in found for found in names] == [False, True]
+
+
+def test_what_is_left_to_the_library_goes_through_the_modules_own_convolutions() -> None:
+    """There, a fused network has others in their place."""
+    conv, called = SeparableConv(64, 64, spatial_dims=1), []
+    conv.pointwise.register_forward_hook(lambda *_: called.append(1))
+    conv(torch.randn(1, 64, 32))
+    assert not called
+    conv(torch.randn(1, 64, 31))
+    assert called
+    with pytest.raises(ValueError, match="x must be"):
+        conv(torch.randn(64, 31))
