@@ -6,8 +6,11 @@ Source: Quinton and Rey, arXiv 2406.16232 (TorchJD and UPGrad); its documentatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from btinet.errors import UserError
@@ -20,6 +23,47 @@ AGGREGATORS = {
     "imtl_g": "IMTLG",
     "dualproj": "DualProj",
 }
+REGULARISATION = 1e-4  # of the gradients' inner products over their trace, as in TorchJD: parallel gradients are one
+PROJECTING = ("upgrad", "dualproj")  # those that project onto the gradients' dual cone
+
+
+def aggregator(method: str) -> Any:
+    """TorchJD's aggregator of a method in ``AGGREGATORS``.
+
+    Raises:
+        ImportError: TorchJD is not installed.
+    """
+    from torchjd import aggregation
+    from torchjd.linalg import DualConeProjector
+
+    class Projector(DualConeProjector):
+        """TorchJD's own needs quadprog, which is under the GPL."""
+
+        def __call__(self, U: Tensor, G: Tensor) -> Tensor:  # noqa: N803: their names
+            weights = project_onto_dual_cone(U.detach().double().cpu().numpy(), G.detach().double().cpu().numpy())
+            return torch.as_tensor(weights, dtype=G.dtype, device=G.device)
+
+    options = {"projector": Projector()} if method in PROJECTING else {}
+    return getattr(aggregation, AGGREGATORS[method])(**options)
+
+
+def project_onto_dual_cone(weights: np.ndarray, gramian: np.ndarray) -> np.ndarray:
+    """Weights v of the vector that conflicts with no gradient and lies nearest to the sum weighted by u.
+
+    Args:
+        weights: u, ``[..., m]``.
+        gramian: the gradients' inner products ``[m, m]``.
+
+    Returns:
+        v, of the shape of ``weights``.
+
+    Source: arXiv 2406.16232, proposition 1: v ≥ u minimises vᵀ G v. With v = u + z that is least squares in z ≥ 0.
+    """
+    size = np.trace(gramian)
+    if not 0 < size < np.inf:
+        return weights
+    root = np.linalg.cholesky(gramian / size + REGULARISATION * np.eye(len(gramian))).T
+    return np.apply_along_axis(lambda u: u + nnls(root, -root @ u)[0], -1, weights)
 
 
 class GradientBalancer:
@@ -32,14 +76,12 @@ class GradientBalancer:
         parameters: those that are trained.
 
     Raises:
-        UserError: TorchJD is not installed, or not with what the method needs.
+        UserError: TorchJD is not installed.
     """
 
     def __init__(self, method: str, parameters: Sequence[nn.Parameter]) -> None:
         try:
-            from torchjd import aggregation
-
-            self._aggregate = getattr(aggregation, AGGREGATORS[method])()
+            self._aggregate = aggregator(method)
         except ImportError as error:
             raise UserError(
                 f"--weighting {method}: needs TorchJD; pip install 'btinet-kernels[torchjd]' ({error})."

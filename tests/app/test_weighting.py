@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from btinet.training.balancing import AGGREGATORS, GradientBalancer
+from btinet.training.balancing import (
+    AGGREGATORS,
+    REGULARISATION,
+    GradientBalancer,
+    aggregator,
+    project_onto_dual_cone,
+)
 from btinet.training.weighting import (
     WEIGHTINGS,
     DynamicAverageWeighting,
@@ -119,7 +125,7 @@ def by_hand(network: TwoHeads, x: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
 
 @pytest.mark.parametrize("method", AGGREGATORS)
 def test_balancer_aggregates_shared_parameters_alone(method: str) -> None:
-    aggregation = pytest.importorskip("torchjd.aggregation")
+    pytest.importorskip("torchjd")
     network, x = TwoHeads(), torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(3))
     matrix, own = by_hand(network, x)
     balancer = GradientBalancer(method, list(network.parameters()))
@@ -127,7 +133,7 @@ def test_balancer_aggregates_shared_parameters_alone(method: str) -> None:
     balancer.add(network.losses(x), 1.0)
     balancer.finish()
     torch.manual_seed(7)
-    wanted = getattr(aggregation, AGGREGATORS[method])()(matrix)
+    wanted = aggregator(method)(matrix)
     found = torch.cat([p.grad.flatten() for p in network.shared.parameters() if p.grad is not None])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     for head, gradients in zip(network.heads, own, strict=True):
@@ -150,6 +156,37 @@ def test_balancer_sums_the_batches_of_a_step_before_it_aggregates() -> None:
     parts.finish()
     for parameter, gradient in zip(network.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_projection_onto_the_dual_cone_is_optimal(tasks: int, scale: float) -> None:
+    """The conditions of Karush, Kuhn and Tucker: v ≥ u, no conflict left, and only what conflicted was changed."""
+    random = np.random.default_rng(tasks)
+    for _ in range(20):
+        gradients = random.normal(size=(tasks, 7)) + random.normal(size=7) * random.choice([-1, 1], size=(tasks, 1))
+        gramian, given = scale * gradients @ gradients.T, random.uniform(size=(tasks, tasks))
+        found = project_onto_dual_cone(given, gramian)
+        products = found @ (gramian / np.trace(gramian) + REGULARISATION * np.eye(tasks))
+        assert (found >= given).all()
+        assert (products > -1e-12).all()
+        assert np.abs((found - given) * products).max() < 1e-12
+
+
+def test_two_conflicting_gradients_are_made_perpendicular() -> None:
+    a, b = np.array([1.0, 0.2]), np.array([-0.8, 0.3])
+    gradients = np.stack([a, b])
+    projected = project_onto_dual_cone(np.eye(2), gradients @ gradients.T) @ gradients
+    exact = np.stack([a - a @ b / (b @ b) * b, b - a @ b / (a @ a) * a])
+    np.testing.assert_allclose(projected, exact, atol=3e-4)  # what is added for parallel gradients
+
+
+def test_gradients_that_are_zero_or_parallel() -> None:
+    given = np.array([0.3, 0.7])
+    assert (project_onto_dual_cone(given, np.zeros((2, 2))) == given).all()
+    assert (project_onto_dual_cone(given, np.ones((2, 2))) == given).all()
+    opposite = project_onto_dual_cone(given, np.array([[1.0, -1.0], [-1.0, 1.0]]))
+    np.testing.assert_allclose(opposite, [0.7, 0.7], atol=1e-3)  # they cancel each other
 
 
 def test_upgrad_conflicts_with_no_task() -> None:
