@@ -39,7 +39,7 @@ def aggregator(method: str) -> Any:
     class Projector(DualConeProjector):
         """TorchJD's own needs quadprog, which is under the GPL."""
 
-        def __call__(self, U: Tensor, G: Tensor) -> Tensor:  # noqa: N803: their names
+        def __call__(self, U: Tensor, G: Tensor) -> Tensor:
             weights = project_onto_dual_cone(U.detach().double().cpu().numpy(), G.detach().double().cpu().numpy())
             return torch.as_tensor(weights, dtype=G.dtype, device=G.device)
 
